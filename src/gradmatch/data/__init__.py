@@ -1,0 +1,1 @@
+"""Training data: distil, select, clean."""
