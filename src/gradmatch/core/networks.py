@@ -19,7 +19,7 @@ Network = Callable[[], nn.Module] | nn.Module
 def seeded(seed: int) -> Iterator[None]:
     """Run a block under its own seed of the global CPU generator, which is left as found."""
     state = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(int(seed) % (2**63))
+    torch.default_generator.manual_seed(int(seed) % (2**63))
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gradmatch.core.store import load_tensors
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 MOST_PIXELS = 50_000_000
+MOST_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,14 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         return load_tensors(path)[0]
     checks.require(path.is_file(), f"{path} does not exist.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+        checks.require(size <= MOST_BYTES, f"{path} unpacks to {size} bytes; at most {MOST_BYTES} are read.")
         with np.load(path, allow_pickle=False) as file:
             return {k: torch.from_numpy(file[k]) for k in file.files}
-    except (ValueError, OSError, EOFError, TypeError, KeyError) as error:
+    except checks.InputError:
+        raise
+    except (ValueError, OSError, EOFError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise checks.InputError(f"{path} is not a readable .npz file of plain arrays: {error}.") from error
 
 

@@ -76,7 +76,8 @@ class ConvNet(nn.Module):
         return torch.flatten(self.features(x), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.embed(x))
+        logits: Tensor = self.classifier(self.embed(x))
+        return logits
 
 
 def convnet(
