@@ -28,8 +28,13 @@ def test_instance_norm_forgets_contrast_of_an_image():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"norm": "weird"}, "norm"), ({"activation": "?"}, "activation"), ({"pooling": "x"}, "pooling")]
-    + [({"depth": 6}, "allow 5 poolings"), ({"width": 0}, "width")],
+    [
+        ({"norm": "weird"}, "norm"),
+        ({"activation": "?"}, "activation"),
+        ({"pooling": "x"}, "pooling"),
+        ({"depth": 6}, "allow 5 poolings"),
+        ({"width": 0}, "width"),
+    ],
 )
 def test_refusals(options, words):
     with pytest.raises(InputError, match=words):
