@@ -1,0 +1,155 @@
+"""Per-example gradients of a batch, block by block, each by the cheapest tier that is right for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from gradmatch.core import _layerwise, _reading
+from gradmatch.core._batches import Batch
+from gradmatch.core.checks import InputError, listing
+from gradmatch.core.problem import Problem
+
+Tier = Literal["auto", "layerwise", "vmap", "loop"]
+TIERS: tuple[Tier, ...] = ("auto", "layerwise", "vmap", "loop")
+
+
+def summed_gradient(
+    problem: Problem, blocks: Mapping[str, Tensor], batch: Batch, differentiable: bool
+) -> list[Tensor]:
+    """Gradient of a batch's summed loss."""
+    with torch.enable_grad():
+        loss = problem.batch_losses(blocks, batch).sum()
+    leaves = list(blocks.values())
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in leaves]
+    return list(torch.autograd.grad(loss, leaves, create_graph=differentiable, materialize_grads=True))
+
+
+class Engine:
+    """Per-example gradients and norms of batches at fixed parameters, remembering what worked."""
+
+    def __init__(
+        self, problem: Problem, blocks: Mapping[str, Tensor], differentiable: bool, tier: Tier
+    ) -> None:
+        self.problem, self.blocks, self.differentiable = problem, dict(blocks), differentiable
+        self.vmap = tier != "loop"
+        self.strict = tier
+        self.layerwise = tier in ("auto", "layerwise") and not differentiable and problem.module is not None
+        self.checked = bool(problem.active("dropout"))  # two passes differ then, so they cannot be compared
+        self.rest: set[str] = set()
+        self.used: set[str] = set()
+
+    def rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients [m, numel] by block."""
+        found, rest = self._read(batch, _reading.rows)
+        for name, value in self._direct(batch, rest).items():
+            found[name] = value
+        return found
+
+    def norms2(self, batch: Batch) -> dict[str, Tensor]:
+        """Squared norms [m] by block."""
+        found, rest = self._read(batch, _reading.norms2)
+        for name, value in self._direct(batch, rest).items():
+            found[name] = value.square().sum(1)
+        return found
+
+    def _read(self, batch: Batch, reader: Any) -> tuple[dict[str, Tensor], list[str]]:
+        """What the layerwise tier yields for a batch, and the blocks it leaves."""
+        if not self.layerwise:
+            return {}, list(self.blocks)
+        done = _layerwise.run(self.problem, self.blocks, batch)
+        if not self.checked and batch.size > 1 and done.calls:
+            self.checked = True
+            if not self._agrees(done, batch):
+                self.layerwise = False
+                return self._read(batch, reader)
+        found: dict[str, Tensor] = {}
+        for call in done.calls:
+            found |= reader(call)
+        for name in self.blocks.keys() - found.keys() - set(done.rest):  # takes no part in the loss
+            shape = (batch.size, self.blocks[name].numel()) if reader is _reading.rows else (batch.size,)
+            found[name] = self.blocks[name].new_zeros(shape)
+        if self.strict == "layerwise" and done.rest:
+            raise InputError(f'tier is "layerwise"; {listing(done.rest)} cannot be read so, use "auto".')
+        self.used.add("layerwise")
+        self.rest |= set(done.rest)
+        return found, done.rest
+
+    def _agrees(self, done: _layerwise.Pass, batch: Batch) -> bool:
+        """Compare the example with the largest gradient with a pass of its own.
+
+        Shapes alone cannot show that a layer's first dimension is the example (it may be time, as long as the batch),
+        nor that examples do not mix.
+        """
+        norms2: dict[str, Tensor] = {}
+        for call in done.calls:
+            norms2 |= _reading.norms2(call)
+        worst = int(torch.stack(list(norms2.values())).sum(0).argmax())
+        single = batch.take(slice(worst, worst + 1))
+        truth = summed_gradient(self.problem, {k: self.blocks[k] for k in self.blocks}, single, False)
+        exact = {k: g.square().sum() for k, g in zip(self.blocks, truth, strict=True)}
+        slack = min(0.1, 50 * torch.finfo(self.problem.space.dtype).eps ** 0.5)
+        largest = max(float(v) for v in exact.values())
+        return all(
+            abs(float(v[worst]) - float(exact[k])) <= slack * float(exact[k]) + 1e-4 * slack * largest
+            for k, v in norms2.items()
+        )
+
+    def _direct(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        """Gradients [m, numel] of some blocks, by vmap or else one by one."""
+        if not names:
+            return {}
+        wrt = {k: self.blocks[k] for k in names}
+        fixed = {k: p if self.differentiable else p.detach() for k, p in self.blocks.items() if k not in wrt}
+        if not self.differentiable:
+            wrt = {k: p.detach() for k, p in wrt.items()}
+        with torch.set_grad_enabled(self.differentiable):
+            grads = self._vmapped(wrt, fixed, batch) if self.vmap else None
+            if grads is None:
+                self.used.add("loop")
+                singles = [batch.take(slice(i, i + 1)) for i in range(batch.size)]
+                each = [
+                    torch.func.grad(_one_loss(self.problem, fixed))(wrt, s.inputs, s.target) for s in singles
+                ]
+                grads = {k: torch.stack([g[k] for g in each]) for k in wrt}
+        return {k: g.reshape(batch.size, -1) for k, g in grads.items()}
+
+    def _vmapped(
+        self, wrt: dict[str, Tensor], fixed: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor] | None:
+        one = torch.func.grad(_one_loss(self.problem, fixed))
+
+        def single(p: dict[str, Tensor], inputs: Any, target: Any) -> Any:
+            return one(p, *tree_map(lambda t: t[None], (inputs, target)))
+
+        try:
+            batched = torch.func.vmap(single, in_dims=(None, 0, 0), randomness="different")
+            grads: dict[str, Tensor] = batched(wrt, batch.inputs, batch.target)
+        except RuntimeError as error:
+            if self.strict == "vmap" or not any(s in str(error) for s in ("vmap", "atching rule")):
+                raise
+            self.vmap = False  # the model branches on data or uses an operation without a batching rule
+            return None
+        self.used.add("vmap")
+        return grads
+
+
+def _one_loss(problem: Problem, fixed: Mapping[str, Tensor]) -> Any:
+    def loss(p: Mapping[str, Tensor], inputs: Any, target: Any) -> Tensor:
+        return problem.losses(problem.outputs({**fixed, **p}, inputs), target, 1)[0]
+
+    return loss
+
+
+def refuse_coupled(problem: Problem) -> None:
+    found = problem.active("batchnorm")
+    if found:
+        raise InputError(
+            f"model has batch norm in train mode in {listing(found)}; one example has no gradient of its own there, "
+            "call model.eval()."
+        )
