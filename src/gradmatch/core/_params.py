@@ -102,7 +102,7 @@ class ParamSpace:
     def flatten(self, blocks: Mapping[str, Tensor] | Sequence[Tensor], batch_dims: int = 0) -> Tensor:
         """Flat vector [*batch, P] of blocks shaped [*batch, *shape]; keeps the graph."""
         values = list(self.named(blocks, batch_dims).values())
-        parts = [v.reshape(*v.shape[:batch_dims], -1).to(self.dtype) for v in values]
+        parts = [v.reshape((*v.shape[:batch_dims], -1)).to(self.dtype) for v in values]
         return torch.cat(parts, dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class ParamSpace:
         )
         parts = vector.split(list(self.numels), dim=-1)
         return {
-            name: part.reshape(*vector.shape[:-1], *shape).to(dtype)
+            name: part.reshape((*vector.shape[:-1], *shape)).to(dtype)
             for name, part, shape, dtype in zip(self.names, parts, self.shapes, self.dtypes, strict=True)
         }
 
