@@ -161,11 +161,12 @@ def test_distill_refusals(tmp_path):
     for options, data, net, init, words in (
         ({}, (X, Y), lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), None, "network has 4 outputs"),
         ({"per_class": 11}, (X, Y), network, None, "class 0 has 10 samples"),
-        ({}, (X[:, :, :2], Y), network, synthetic(), "init holds images"),
+        ({}, (X[:, :, :2], Y), network, None, r"network does not take inputs of shape \(1, 2, 4\)"),
+        ({}, (X.reshape(30, 1, 2, 8), Y), network, synthetic(), "init holds images"),
         ({"per_class": 3}, (X, Y), network, synthetic(), "per_class 3 needs that many"),
         ({}, (X, Y), network, tmp_path / "none", "does not exist"),
     ):
-        with pytest.raises((InputError, RuntimeError), match=words):
+        with pytest.raises(InputError, match=words):
             Toy(**({"per_class": 2, "steps": 1} | options)).distill(data, net, init=init)
     for options, words in (
         ({"per_class": 0}, "per_class"),

@@ -72,6 +72,9 @@ def output_width(module: nn.Module, x: Tensor) -> int:
     try:
         with torch.no_grad():
             out = module(x[:1])
+    except RuntimeError as error:
+        shape, why = tuple(x.shape[1:]), str(error).strip().splitlines()[0]
+        raise checks.InputError(f"network does not take inputs of shape {shape}: {why}.") from error
     finally:
         module.train(was)
     checks.require(
