@@ -176,7 +176,7 @@ def test_every_tier_equals_a_backward_for_each_example(kind):
         ("conv", "layerwise", set()),
         ("residual", "layerwise", set()),
         ("tokens", "layerwise", set()),
-        ("shared", "layerwise+vmap", {"twice.weight", "twice.bias", "outside.weight", "scale"}),
+        ("shared", "layerwise+vmap", {"outside.weight", "scale"}),
         (
             "weight_norm",
             "layerwise+vmap",
@@ -191,7 +191,7 @@ def test_tier_reported_is_the_tier_used(kind, tier, direct):
 
 
 def test_layerwise_by_name_is_refused_where_it_cannot_read():
-    with pytest.raises(InputError, match=r"twice\.weight"):
+    with pytest.raises(InputError, match=r"outside\.weight"):
         gradient_norms(problem_of("shared"), tier="layerwise")
 
 
@@ -210,6 +210,52 @@ def test_time_first_layers_as_long_as_the_batch_are_found_out():
     result = gradient_norms(problem, return_tier=True)
     torch.testing.assert_close(result.norms, naive(problem).norm(dim=1))
     assert result.tier == "vmap"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tier"), [("add", "layerwise"), ("scaled", "layerwise+vmap"), ("times", "layerwise+vmap")]
+)
+def test_positions_embedded_once_for_all_examples(kind, tier):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, 3)
+
+        def forward(self, ids):
+            x, at = self.tokens(ids), self.positions(torch.arange(ids.shape[1])[None])
+            x = {"add": x + at, "scaled": torch.add(x, at, alpha=2), "times": x * at}[kind]
+            return self.head(torch.tanh(x).mean(1))
+
+    problem = Problem(
+        Positions().double(), "cross_entropy", (torch.randint(0, 9, (7, 5)), torch.arange(7) % 3)
+    )
+    result = gradient_norms(problem, return_tier=True)
+    torch.testing.assert_close(result.norms, naive(problem).norm(dim=1), rtol=1e-9, atol=1e-12)
+    assert result.tier == tier
+
+
+@pytest.mark.parametrize("positions", [1, 3, 40])
+def test_long_and_short_sequences_take_either_product(positions):
+    """Below and above the length where the Gram product is the cheaper one, with and without a bias."""
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3, bias=False), nn.Flatten(), nn.Linear(3 * positions, 3)
+    )
+    problem = Problem(
+        model.double(), "cross_entropy", (torch.randn(5, positions, 6).double(), torch.arange(5) % 3)
+    )
+    result = gradient_norms(problem, return_tier=True)
+    torch.testing.assert_close(result.norms, naive(problem).norm(dim=1), rtol=1e-9, atol=1e-12)
+    assert result.tier == "layerwise"
+
+
+def test_memory_budget_does_not_change_the_result(monkeypatch):
+    problem = problem_of("conv")
+    whole = gradient_norms(problem), per_example_gradients(problem)
+    monkeypatch.setattr("gradmatch.core._reading._BUDGET", 1)
+    monkeypatch.setattr("gradmatch.core.gradients._BUDGET", 1)
+    parts = gradient_norms(problem), per_example_gradients(problem)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_input_written_over_after_the_layer_read_it_is_not_read_silently():
@@ -403,10 +449,7 @@ def test_gpt2_of_transformers(tied, masked):
     torch.testing.assert_close(per_example_gradients(problem), truth, rtol=1e-8, atol=1e-11)
     result = gradient_norms(problem, return_tier=True)
     torch.testing.assert_close(result.norms, truth.norm(dim=1), rtol=1e-8, atol=1e-11)
-    assert "layerwise" in result.tier
-    assert result.direct == (
-        ("transformer.wte.weight", "transformer.wpe.weight") if tied else ("transformer.wpe.weight",)
-    )
+    assert result.tier == "layerwise"  # tied embeddings and positions added to all examples included
 
 
 # --- groups and moments ------------------------------------------------------------------------------------

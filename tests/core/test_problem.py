@@ -65,10 +65,8 @@ def test_select_and_frozen_and_mixed_types():
     space = ParamSpace.of(model)
     assert space.names == ("0.weight", "0.bias", "2.weight")
     assert space.dtype == torch.float64
-    assert {b.dtype for b in space.unflatten(torch.zeros(space.size).double()).values()} == {
-        torch.float32,
-        torch.float64,
-    }
+    kinds = {b.dtype for b in space.unflatten(torch.zeros(space.size).double()).values()}
+    assert kinds == {torch.float32, torch.float64}
     assert space.select("weight$").names == ("0.weight", "2.weight")
     assert space.select(["2.weight", "0.bias"]).names == ("0.bias", "2.weight")
 
@@ -182,15 +180,8 @@ def test_groups():
     x, y = data()
     model = net()
     assert Problem(model, "cross_entropy", (x, y), groups="class").groups.tolist() == y.tolist()
-    assert Problem(model, "cross_entropy", (x, y), groups="batch", batch_size=3).groups.tolist() == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-        2,
-    ]
+    by_batch = Problem(model, "cross_entropy", (x, y), groups="batch", batch_size=3)
+    assert by_batch.groups.tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert Problem(model, "cross_entropy", (x, y), groups="example").groups.tolist() == list(range(7))
     problem = Problem(model, "cross_entropy", (x, y), groups=y.flip(0), batch_size=3)
     assert torch.cat([b.groups for b in problem.batches()]).tolist() == y.flip(0).tolist()

@@ -6,12 +6,14 @@ gradients, and their norms come without forming them: |D A^T|^2 = <A^T A, D^T D>
 For normalisation layers A is the normalised input and the product is taken entry by entry; for an embedding A is an
 indicator of tokens.
 
-That is right only if a parameter is used exactly once, by its own layer's call. The autograd graph says how often it is
-used, and whatever is used otherwise (tied, shared, reshaped, called twice, unknown layer) is left to the caller.
+That is right only if every use of a parameter is a call of its own layer. The autograd graph says how often a parameter
+is used; one with other uses, or of an unknown or reshaping layer, is left to the caller. Several calls add up, also of
+two layers that share a weight.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -68,124 +70,136 @@ def _batched(module: nn.Module, family: str, x: Tensor, y: Tensor, m: int) -> bo
 
 @dataclass
 class Call:
-    """One call of a known layer: its raw input, its output's place in the graph, and what was learnt there later."""
+    """One call of a known layer: its raw input, its output's place in the graph, and what arrives there."""
 
     module: nn.Module
     family: str
-    names: dict[str, str]  # the layer's own name of a parameter ("weight", "bias") -> the parameter's name
     x: Tensor
     edge: GradientEdge
     version: int
+    broadcast: bool  # one row for all examples, as positions are embedded
     stats: tuple[Tensor, Tensor] | None
     delta: Tensor = field(init=False)
 
 
+Uses = list[tuple[Call, str]]  # calls that use a parameter, each with the layer's own name for it
+
+
 @dataclass
 class Pass:
-    """One forward and backward pass: losses, the calls that can be trusted, and the names of the other parameters."""
+    """One forward and backward pass: losses, the uses of each parameter that can be read, and the other names."""
 
     losses: Tensor
-    calls: list[Call]
+    uses: dict[str, Uses]
     rest: list[str]
-    gradient: dict[str, Tensor] | None
 
 
-def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch, with_gradient: bool = False) -> Pass:
-    """Run the batch at ``blocks`` (leaves that require grad); ``with_gradient`` adds the summed gradient."""
-    seen: dict[str, list[Call | None]] = {}
+def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch) -> Pass:
+    """Run the batch at ``blocks``, leaves that require grad."""
+    seen: dict[str, list[tuple[Call | None, str]]] = {}
     with ExitStack() as stack, torch.enable_grad():
         for module, names in _owners(problem, blocks):
             handle = module.register_forward_hook(_recorder(seen, names, batch.size), with_kwargs=True)
             stack.callback(handle.remove)
         losses = problem.batch_losses(blocks, batch)
-    uses = _uses(losses, blocks)
-    calls, rest = _trusted(seen, uses)
-    wanted: list[Any] = [call.edge for call in calls] + (list(blocks.values()) if with_gradient else [])
-    grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True) if wanted else ()
-    kept = []
-    for call, delta in zip(calls, grads, strict=False):
-        if delta is None or call.x._version != call.version:
-            rest += list(call.names.values())  # its output left the graph, or its input was written over
+    graph = _Graph(losses)
+    uses = {name: _trusted(seen.get(name, []), graph, p) for name, p in blocks.items()}
+    calls = list({id(c): c for found in uses.values() for c, _ in found or ()}.values())
+    grads = torch.autograd.grad(losses.sum(), [c.edge for c in calls], allow_unused=True) if calls else ()
+    lost = set()
+    for call, delta in zip(calls, grads, strict=True):
+        if delta is None or len(delta) != batch.size or call.x._version != call.version:
+            lost.add(id(call))  # its output left the graph, or its input was written over
         else:
             call.delta = delta
-            kept.append(call)
-    gradient = None
-    if with_gradient:
-        found = zip(blocks.items(), grads[len(grads) - len(blocks) :], strict=True)
-        gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in found}
-    return Pass(losses.detach(), kept, rest, gradient)
+            call.x = call.x.expand(batch.size, *call.x.shape[1:]) if call.broadcast else call.x
+    kept = {k: u for k, u in uses.items() if u is not None and not any(id(c) in lost for c, _ in u)}
+    return Pass(losses.detach(), kept, [k for k in blocks if k not in kept])
 
 
 def _owners(problem: Problem, blocks: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, str]]]:
-    """Layers with parameters of their own among ``blocks``, with the names of those."""
+    """Layers with parameters of their own among ``blocks``, and the blocks' names for those.
+
+    A parameter that several layers share goes by the first one's name.
+    """
     if problem.module is None:
         return []
+    first = {id(p): name for name, p in problem.module.named_parameters()}
     found = []
-    for prefix, module in problem.module.named_modules():
-        local = [name for name, _ in module.named_parameters(recurse=False)]
-        names = {k: f"{prefix}.{k}" if prefix else k for k in local}
+    for module in problem.module.modules():
+        names = {k: first[id(p)] for k, p in module.named_parameters(recurse=False)}
         names = {k: name for k, name in names.items() if name in blocks}
         if names:
             found.append((module, names))
     return found
 
 
-def _recorder(seen: dict[str, list[Call | None]], names: dict[str, str], m: int) -> Callable[..., Any]:
+def _recorder(
+    seen: dict[str, list[tuple[Call | None, str]]], names: dict[str, str], m: int
+) -> Callable[..., Any]:
     def record(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        family = _family(module)
-        call = None
         given = [*args, *kwargs.values()]
-        if (
-            family is not None
-            and len(given) == 1
-            and isinstance(output, Tensor)
-            and output.grad_fn is not None
-            and _batched(module, family, given[0], output, m)
-        ):
-            x = given[0].detach()
-            mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-            stats = None if mean is None or var is None else (mean, var)
-            call = Call(module, family, names, x, get_gradient_edge(output), x._version, stats)
-        for name in names.values():
-            seen.setdefault(name, []).append(call)
+        readable = len(given) == 1 and isinstance(output, Tensor) and output.grad_fn is not None
+        call = _call(module, given[0].detach(), output, m) if readable else None
+        for local, name in names.items():
+            seen.setdefault(name, []).append((call, local))
         # An in-place operation on a view rewrites its history, and the place noted above would be cut off.
         return output.clone() if call is not None and output._is_view() else None
 
     return record
 
 
-def _uses(losses: Tensor, blocks: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many edges of the losses' graph lead to each block."""
-    names = {id(p): name for name, p in blocks.items()}
-    count = dict.fromkeys(blocks, 0)
-    stack, visited = [losses.grad_fn], {losses.grad_fn}
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions if node is not None else ():
-            leaf = getattr(following, "variable", None)
-            if leaf is not None and id(leaf) in names:
-                count[names[id(leaf)]] += 1
-            if following is not None and following not in visited:
-                visited.add(following)
-                stack.append(following)
-    return count
+def _call(module: nn.Module, x: Tensor, output: Tensor, m: int) -> Call | None:
+    family = _family(module)
+    if family is None:
+        return None
+    broadcast = family == "embedding" and m > 1 and x.shape[:1] == output.shape[:1] == (1,)
+    if not (broadcast or _batched(module, family, x, output, m)):
+        return None
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    stats = None if mean is None or var is None else (mean, var)
+    return Call(module, family, x, get_gradient_edge(output), x._version, broadcast, stats)
 
 
-def _trusted(seen: Mapping[str, list[Call | None]], uses: Mapping[str, int]) -> tuple[list[Call], list[str]]:
-    """Calls whose parameters the graph shows to be used there and nowhere else, and the parameters left over."""
-    calls: dict[int, Call] = {}
-    rest = []
-    for name, count in uses.items():
-        records = seen.get(name, [])
-        if count == 0 and not (records and None in records):
-            continue  # not used at all: its gradient is zero
-        if count == 1 and len(records) == 1 and records[0] is not None:
-            calls[id(records[0])] = records[0]
-        else:
-            rest.append(name)
-    left = set(rest)
-    for call in calls.values():
-        call.names = {k: name for k, name in call.names.items() if name not in left}
-    return list(calls.values()), rest
+class _Graph:
+    """Who uses what in the graph behind some losses."""
+
+    def __init__(self, losses: Tensor) -> None:
+        self.leaves: Counter[int] = Counter()  # edges to each leaf tensor, by id
+        self.consumers: dict[Any, list[Any]] = {}
+        stack, visited = [losses.grad_fn], {losses.grad_fn}
+        while stack:
+            node = stack.pop()
+            for following, _ in node.next_functions if node is not None else ():
+                if following is None:
+                    continue
+                leaf = getattr(following, "variable", None)
+                if leaf is not None:
+                    self.leaves[id(leaf)] += 1
+                self.consumers.setdefault(following, []).append(node)
+                if following not in visited:
+                    visited.add(following)
+                    stack.append(following)
+
+
+def _trusted(found: list[tuple[Call | None, str]], graph: _Graph, leaf: Tensor) -> Uses | None:
+    """The calls that make up all uses of a parameter, none if it is not used, or None if they do not add up."""
+    calls = [(call, local) for call, local in found if call is not None]
+    count = graph.leaves[id(leaf)]
+    if len(calls) < len(found) or count not in (0, len(calls)):
+        return None
+    if count == 0:
+        return []
+    for call, _ in calls:
+        if call.broadcast:  # its own gradient is summed over examples; that of the sum it enters is not
+            consumers = graph.consumers.get(call.edge.node, [])
+            if (
+                len(consumers) != 1
+                or type(consumers[0]).__name__ != "AddBackward0"
+                or consumers[0]._saved_alpha != 1
+            ):
+                return None
+            call.edge = GradientEdge(consumers[0], 0)
+    return calls

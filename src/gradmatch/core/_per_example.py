@@ -19,11 +19,15 @@ TIERS: tuple[Tier, ...] = ("auto", "layerwise", "vmap", "loop")
 
 
 def summed_gradient(
-    problem: Problem, blocks: Mapping[str, Tensor], batch: Batch, differentiable: bool
+    problem: Problem,
+    blocks: Mapping[str, Tensor],
+    batch: Batch,
+    differentiable: bool,
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Gradient of a batch's summed loss."""
+    """Gradient of a batch's summed loss in ``blocks``, with further blocks held at ``fixed``."""
     with torch.enable_grad():
-        loss = problem.batch_losses(blocks, batch).sum()
+        loss = problem.batch_losses({**(fixed or {}), **blocks}, batch).sum()
     leaves = list(blocks.values())
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in leaves]
@@ -46,59 +50,52 @@ class Engine:
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients [m, numel] by block."""
-        found, rest = self._read(batch, _reading.rows)
-        for name, value in self._direct(batch, rest).items():
-            found[name] = value
-        return found
+        found, rest = self._read(batch, False)
+        return found | self._direct(batch, rest)
 
     def norms2(self, batch: Batch) -> dict[str, Tensor]:
         """Squared norms [m] by block."""
-        found, rest = self._read(batch, _reading.norms2)
-        for name, value in self._direct(batch, rest).items():
-            found[name] = value.square().sum(1)
-        return found
+        found, rest = self._read(batch, True)
+        return found | {k: rows.square().sum(1) for k, rows in self._direct(batch, rest).items()}
 
-    def _read(self, batch: Batch, reader: Any) -> tuple[dict[str, Tensor], list[str]]:
-        """What the layerwise tier yields for a batch, and the blocks it leaves."""
+    def _read(self, batch: Batch, norms: bool) -> tuple[dict[str, Tensor], list[str]]:
+        """What the layerwise tier yields for a batch, rows or squared norms, and the blocks it leaves."""
         if not self.layerwise:
             return {}, list(self.blocks)
         done = _layerwise.run(self.problem, self.blocks, batch)
-        if not self.checked and batch.size > 1 and done.calls:
+        found = {}
+        for name, uses in done.uses.items():
+            shape = (batch.size,) if norms else (batch.size, self.blocks[name].numel())
+            read = _reading.norms2 if norms else _reading.rows
+            found[name] = read(uses) if uses else self.blocks[name].new_zeros(shape)
+        if not self.checked and batch.size > 1 and any(done.uses.values()):
             self.checked = True
-            if not self._agrees(done, batch):
+            squares = found if norms else {k: v.square().sum(1) for k, v in found.items()}
+            if not self._agrees(squares, batch):
                 self.layerwise = False
-                return self._read(batch, reader)
-        found: dict[str, Tensor] = {}
-        for call in done.calls:
-            found |= reader(call)
-        for name in self.blocks.keys() - found.keys() - set(done.rest):  # takes no part in the loss
-            shape = (batch.size, self.blocks[name].numel()) if reader is _reading.rows else (batch.size,)
-            found[name] = self.blocks[name].new_zeros(shape)
+                return self._read(batch, norms)
         if self.strict == "layerwise" and done.rest:
             raise InputError(f'tier is "layerwise"; {listing(done.rest)} cannot be read so, use "auto".')
-        self.used.add("layerwise")
+        self.used |= {"layerwise"} if found else set()
         self.rest |= set(done.rest)
         return found, done.rest
 
-    def _agrees(self, done: _layerwise.Pass, batch: Batch) -> bool:
+    def _agrees(self, squares: Mapping[str, Tensor], batch: Batch) -> bool:
         """Compare the example with the largest gradient with a pass of its own.
 
         Shapes alone cannot show that a layer's first dimension is the example (it may be time, as long as the batch),
         nor that examples do not mix.
         """
-        norms2: dict[str, Tensor] = {}
-        for call in done.calls:
-            norms2 |= _reading.norms2(call)
-        worst = int(torch.stack(list(norms2.values())).sum(0).argmax())
+        worst = int(torch.stack(list(squares.values())).sum(0).argmax())
         single = batch.take(slice(worst, worst + 1))
-        truth = summed_gradient(self.problem, {k: self.blocks[k] for k in self.blocks}, single, False)
-        exact = {k: g.square().sum() for k, g in zip(self.blocks, truth, strict=True)}
+        wrt = {k: self.blocks[k] for k in squares}
+        fixed = {k: p.detach() for k, p in self.blocks.items() if k not in wrt}
+        truth = summed_gradient(self.problem, wrt, single, False, fixed)
+        exact = [float(g.square().sum()) for g in truth]
+        read = [float(v[worst]) for v in squares.values()]
         slack = min(0.1, 50 * torch.finfo(self.problem.space.dtype).eps ** 0.5)
-        largest = max(float(v) for v in exact.values())
-        return all(
-            abs(float(v[worst]) - float(exact[k])) <= slack * float(exact[k]) + 1e-4 * slack * largest
-            for k, v in norms2.items()
-        )
+        floor = 1e-4 * slack * max(exact)
+        return all(abs(r - e) <= slack * e + floor for r, e in zip(read, exact, strict=True))
 
     def _direct(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
         """Gradients [m, numel] of some blocks, by vmap or else one by one."""

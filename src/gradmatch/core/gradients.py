@@ -122,7 +122,14 @@ def per_example_gradients(
     torch.Size([5, 8])
     """
     parts = iter_per_example_gradients(problem, params, chunk, differentiable, tier)
-    return torch.cat([rows for _, rows in parts])
+    if differentiable:
+        return torch.cat([rows for _, rows in parts])
+    result = torch.empty(
+        problem.n, problem.space.size, dtype=problem.space.dtype, device=problem.space.device
+    )
+    for part, rows in parts:
+        result[part.start : part.start + len(rows)] = rows
+    return result
 
 
 def iter_per_example_gradients(
@@ -142,7 +149,9 @@ def iter_per_example_gradients(
         for part in batch.split(chunk):
             rows = engine.rows(part)
             flat = torch.cat([rows[k].to(problem.space.dtype) for k in problem.space.names], dim=1)
-            yield part, finite("per-example gradients", flat)
+            if not bool(torch.isfinite(flat.detach().sum())):  # one cheap look; the sum alone may overflow
+                finite("per-example gradients", flat)
+            yield part, flat
 
 
 # --- norms and moments -------------------------------------------------------------------------------------
@@ -235,6 +244,10 @@ def gradient_stats(
     problem: Problem, params: ParamValues | None = None, second: bool = False, chunk: int | None = None
 ) -> GradStats:
     """GradStats of the whole problem, by its groups if it has any (every id below the largest counts as a group)."""
+    if problem.groups is None and not second:
+        squares = gradient_norms(problem, params, chunk, return_tier=True).squares.sum(0, dtype=torch.float64)
+        mean = problem.space.flatten(gradient(problem, params)).double()
+        return GradStats(problem.space).update_sums(problem.n, mean * problem.n, squares)
     count = 1 if problem.groups is None else int(problem.groups.max()) + 1
     stats = GradStats(problem.space, count, second)
     for part, rows in iter_per_example_gradients(problem, params, chunk):
