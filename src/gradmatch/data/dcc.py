@@ -310,8 +310,7 @@ def kernel_velocity(
     """How fast a network's tangent kernel turns while it is trained on a synthetic set, (epochs,).
 
     Entry t is the :func:`gradmatch.core.ntk.kernel_distance` of the kernels on ``probe`` before and after epoch t.
-    A contrastively condensed set moves the kernel faster early on: it is learned faster and less steadily, which
-    is what the warm-up is for.
+    The paper gives its warm-up this reason: contrastively condensed sets turn the kernel faster early on.
 
     Args:
         synthetic: trained on as one batch an epoch, standardised as it says.
