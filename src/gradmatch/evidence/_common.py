@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -137,6 +137,17 @@ class Gain:
         return f"{self.mean:+.3g} +- {self.error:.2g}"
 
 
+class Experiment(Protocol):
+    """What a module of evidence offers."""
+
+    CLAIM: str
+    RULE: str
+
+    def run(self, settings: Settings) -> Result:
+        """Run the experiment; the verdict follows from the rows by ``RULE``."""
+        ...
+
+
 def gain(a: Row | Sequence[float], b: Row | Sequence[float]) -> Gain:
     """a - b, paired by seed."""
     left, right = (np.asarray(r.values if isinstance(r, Row) else r, dtype=float) for r in (a, b))
@@ -144,6 +155,13 @@ def gain(a: Row | Sequence[float], b: Row | Sequence[float]) -> Gain:
     difference = left - right
     n = len(difference)
     return Gain(float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf)
+
+
+def beats(
+    a: Row | Sequence[float], b: Row | Sequence[float], *, margin: float = 0.0, noise: float = 2.0
+) -> bool:
+    """Whether a - b, paired by seed, exceeds ``margin`` by ``noise`` standard errors; never so for one seed."""
+    return gain(a, b).above(margin, noise)
 
 
 def verdict_of(conditions: Sequence[bool], *, needed: Sequence[bool] = ()) -> str:
@@ -213,6 +231,11 @@ def kept(settings: Settings, slug: str, name: str, config: dict[str, Any], make:
     return value
 
 
+def raw(train: Examples, test: Examples) -> tuple[Examples, Examples]:
+    """Both as they are."""
+    return train, test
+
+
 def standardised(train: Examples, test: Examples) -> tuple[Examples, Examples]:
     """Per-channel mean 0 and deviation 1 on the training set, the same map on the test set."""
     axes = [d for d in range(train.x.ndim) if d != 1] if train.x.ndim > 2 else [0]
@@ -224,6 +247,10 @@ def centred(train: Examples, test: Examples) -> tuple[Examples, Examples]:
     """The training set's mean image taken from both; scale untouched."""
     mean = train.x.mean(0, keepdim=True)
     return tuple(Examples(e.x - mean, e.y, e.classes) for e in (train, test))  # type: ignore[return-value]
+
+
+PREPROCESSINGS = {"raw": raw, "standardised": standardised, "centred": centred}
+"""Input scaling by name: fitted on the training set, applied to both."""
 
 
 def hold_out(train: Examples, per_class: int, seed: int) -> tuple[Examples, Examples]:
@@ -317,7 +344,9 @@ def write_result(result: Result, settings: Settings, seconds: float) -> Path:
             "claim": result.claim,
             "rule": result.rule,
             "verdict": result.verdict,
-            "reason": result.reason,
+            "reason": result.reason
+            if seeds > 1
+            else f"One seed, so the noise is unknown. {result.reason}".strip(),
             "metric": result.metric,
             "higher_is_better": result.higher_is_better,
             "rows": [
@@ -345,7 +374,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def experiment(slug: str) -> Any:
+def experiment(slug: str) -> Experiment:
     """The module of one experiment.
 
     Raises:
@@ -356,7 +385,8 @@ def experiment(slug: str) -> Any:
     checks.require(
         bool(found), f"evidence {slug!r} is not built yet; 'gradmatch list --built' shows what is."
     )
-    return import_module(f"gradmatch.evidence.{found[0].parent.name}.{name}")
+    module: Any = import_module(f"gradmatch.evidence.{found[0].parent.name}.{name}")
+    return module
 
 
 def experiments() -> list[str]:
