@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmatch.core import _workers
+from gradmatch.core import _vmapped, _workers
+from gradmatch.core._members import Recipe, forward_flops
 from gradmatch.core.checks import InputError
 from gradmatch.core.ensemble import Ensemble, member_seeds, train_ensemble
 from gradmatch.core.networks import build
@@ -134,6 +135,14 @@ def test_programs_equal_separate_loops(program, factory, options, soft):
     _same(got, factory, x, y, **options)
 
 
+def test_members_may_be_batched_in_groups():
+    x, y = _data()
+    got = train_ensemble(mlp, (x, y), N, program="vmap", together=2, record="epochs", **OPTIONS)
+    _same(got, mlp, x, y)
+    with pytest.raises(InputError, match="loss of member 0"):
+        train_ensemble(mlp, (x, y), N, program="vmap", together=1, **{**OPTIONS, "lr": 1e200})
+
+
 @pytest.mark.parametrize("factory", [normed, noisy])
 @pytest.mark.parametrize("program", ["loop", "auto"])
 def test_running_statistics_and_dropout_are_each_members_own(factory, program):
@@ -201,8 +210,12 @@ def test_what_cannot_be_pickled_falls_to_the_loop_and_says_so():
 
 def test_auto_chooses_by_network_and_work():
     x, y = _data()
-    assert train_ensemble(mlp, (x, y), N, **OPTIONS).program == "vmap"
+    assert train_ensemble(mlp, (x, y), 8, **OPTIONS).program == "vmap"
+    assert train_ensemble(mlp, (x, y), N, **OPTIONS).program == "loop"
     assert train_ensemble(mlp, (x, y), 1, **OPTIONS).program == "loop"
+    wide = nn.Sequential(nn.Linear(4, 9000), nn.ReLU(), nn.Linear(9000, 3)).double()
+    assert not _vmapped.pays_on_cpu(wide, x, 32, 256)
+    assert not _vmapped.pays_on_cpu(normed().double(), x, 32, 256)
     images, y = _data(images=True)
     few = train_ensemble(conv, (images, y), N, workers=2, **OPTIONS)
     assert few.program == "loop"
@@ -211,12 +224,10 @@ def test_auto_chooses_by_network_and_work():
 
 def test_operations_are_counted_by_layer():
     # 4 filters of 9 weights at 4 places, then 16 to 3: two operations a weight and place
-    assert _workers._flops(conv().double(), _data(images=True)[0][:1]) == 2 * (4 * 9 * 4 + 16 * 3)
+    assert forward_flops(conv().double(), _data(images=True)[0][:1]) == 2 * (4 * 9 * 4 + 16 * 3)
 
 
 def test_enough_work_is_worth_workers():
-    from gradmatch.core._members import Recipe
-
     x = torch.zeros(100, 1, 4, 4)
     recipe = Recipe(300, 0.1, 0.9, 0.0, 256, (), 0.1, None, None, (), 0)
     assert _workers.too_little(conv(), x, recipe, 4, 2, 0) is not None

@@ -212,3 +212,25 @@ def accuracy_of(logits: Tensor, y: Tensor) -> Any:
     """Share of right answers along the last axis but one of (..., m, C); labels may be probabilities."""
     hard = y.argmax(-1) if y.is_floating_point() else y
     return (logits.argmax(-1) == hard).double().mean(-1)
+
+
+def forward_flops(module: nn.Module, x: Tensor) -> int:
+    """Operations of one forward pass in the layers with weight matrices or filters."""
+    total = 0
+
+    def count(layer: nn.Module, _: Any, out: Any) -> None:
+        nonlocal total
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(out, Tensor):
+            total += 2 * out.numel() * weight[0].numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
+    was = module.training
+    try:
+        with torch.no_grad():
+            module.eval()(x)
+    finally:
+        module.train(was)
+        for hook in hooks:
+            hook.remove()
+    return total

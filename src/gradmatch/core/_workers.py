@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.core import cpu
-from gradmatch.core._members import Recipe, Trained, accuracy_of, logits_of, train_member
+from gradmatch.core._members import Recipe, Trained, accuracy_of, forward_flops, logits_of, train_member
 from gradmatch.core.checks import InputError
 from gradmatch.core.networks import Network
 
@@ -24,8 +25,13 @@ _CORE_FLOPS = 2e10  # float32 operations a second of one core in small convoluti
 _STEP_SECONDS = 1e-3  # python and dispatch of one training step of a small network, on the low side
 
 
+def at_most() -> int:
+    """An upper bound of :func:`available` that needs no import."""
+    return os.cpu_count() or 1
+
+
 def available() -> int:
-    """Cores this process may use."""
+    """Cores this process may use, limits of its container included."""
     try:
         return int(importlib.import_module("joblib").cpu_count())
     except ImportError:
@@ -55,33 +61,11 @@ def too_little(module: nn.Module, x: Tensor, recipe: Recipe, n: int, workers: in
     """Why starting workers would not pay: an estimate from operation counts, the same on every run."""
     passes = 3 * len(x) * recipe.epochs + tested  # a backward pass costs about two forward passes
     steps = recipe.epochs * -(-len(x) // recipe.batch_size)
-    alone = n * (_flops(module, x[:1]) * passes / _CORE_FLOPS + steps * _STEP_SECONDS)
+    alone = n * (forward_flops(module, x[:1]) * passes / _CORE_FLOPS + steps * _STEP_SECONDS)
     together = alone * -(-n // workers) / n + _START_SECONDS
     if together < alone:
         return None
     return f"about {alone:.1f} s of work would not repay starting worker processes"
-
-
-def _flops(module: nn.Module, x: Tensor) -> int:
-    """Operations of one forward pass in the layers with weight matrices or filters."""
-    total = 0
-
-    def count(layer: nn.Module, _: Any, out: Any) -> None:
-        nonlocal total
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(out, Tensor):
-            total += 2 * out.numel() * weight[0].numel()
-
-    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
-    was = module.training
-    try:
-        with torch.no_grad():
-            module.eval()(x)
-    finally:
-        module.train(was)
-        for hook in hooks:
-            hook.remove()
-    return total
 
 
 def train(
@@ -103,8 +87,14 @@ def train(
     results: list[Trained] = []
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         pool = joblib.Parallel(n_jobs=min(n, workers or available()), return_as="generator")
-        for outcome in pool(tasks):
+        outcomes = pool(tasks)
+        for outcome in outcomes:
             if isinstance(outcome, InputError):
+                with (
+                    warnings.catch_warnings()
+                ):  # joblib warns that the other members are cancelled, as they should be
+                    warnings.simplefilter("ignore", UserWarning)
+                    outcomes.close()
                 raise outcome
             params, buffers, losses, snapshots, accuracy = outcome
             results.append(

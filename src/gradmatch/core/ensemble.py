@@ -177,6 +177,7 @@ def train_ensemble(
     seed: int = 0,
     program: str = "auto",
     workers: int | None = None,
+    together: int | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Ensemble:
@@ -201,6 +202,7 @@ def train_ensemble(
         program: "auto", "loop", "vmap" (one batched program), or "processes" (workers of one thread; needs
             joblib and pickles the factory, else the loop runs and ``reason`` says why).
         workers: number of processes; default the cores this process may use.
+        together: at most so many members in one batched program, where memory is short; default all.
         device: default the device of the data.
         progress: called with (member-epochs done, in all).
 
@@ -208,9 +210,9 @@ def train_ensemble(
         InputError: bad options or data, a network "vmap" cannot run, or a loss that is not finite.
 
     >>> x, y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
-    >>> ensemble = train_ensemble(lambda: nn.Linear(3, 2), (x, y), 4, epochs=2, record="epochs")
+    >>> ensemble = train_ensemble(lambda: nn.Linear(3, 2), (x, y), 8, epochs=2, record="epochs")
     >>> len(ensemble), tuple(ensemble.trajectories.shape), ensemble.program
-    (4, (4, 3, 8), 'vmap')
+    (8, (8, 3, 8), 'vmap')
     """
     n = checks.whole("n", n)
     x, y = _pair("data", data, device)
@@ -232,7 +234,9 @@ def train_ensemble(
     chosen, reason = _choose(program, template, network, x, y, recipe, n, workers, held)
     done = _counter(progress, n * recipe.epochs)
     if chosen == "vmap":
-        result = _vmapped.train_stacked(network, x, y, recipe, n, done)
+        size = n if together is None else checks.whole("together", together)
+        groups = [range(k, min(k + size, n)) for k in range(0, n, size)]
+        result = _join([_vmapped.train_stacked(network, x, y, recipe, g, done) for g in groups])
     elif chosen == "processes":
         result = _stack(_workers.train(network, x, y, recipe, n, workers, held, _TEST_BATCH, done), x.device)
     else:
@@ -310,7 +314,8 @@ def _choose(
 ) -> tuple[str, str]:
     """The program to run and the reason for it."""
     checks.one_of("program", program, PROGRAMS)
-    count = _workers.available() if workers is None else checks.whole("workers", workers)
+    if workers is not None:
+        checks.whole("workers", workers)
     if program == "loop":
         return "loop", "asked for"
     if program == "vmap":
@@ -318,22 +323,24 @@ def _choose(
         checks.require(obstacle is None, f"program is 'vmap', but {obstacle}.")
         return "vmap", "asked for"
     if program == "processes":
-        obstacle = _workers.why_not(network, x, recipe, n, count)
+        obstacle = _workers.why_not(network, x, recipe, n, workers or _workers.available())
         return ("loop", obstacle) if obstacle else ("processes", "asked for")
     if n == 1:
         return "loop", "there is one member"
-    if x.device.type != "cpu" or _vmapped.pays_on_cpu(template):
+    if x.device.type != "cpu" or _vmapped.pays_on_cpu(template, x, n, recipe.batch_size):
         obstacle = _vmapped.why_not(template, x, y)
         if obstacle is None:
             return "vmap", "one batched program is fastest here"
         if x.device.type != "cpu":
             return "loop", obstacle
-    obstacle = _workers.why_not(network, x, recipe, n, count) or _workers.too_little(
-        template, x, recipe, n, count, 0 if test is None else len(test[0])
-    )
-    return (
-        ("loop", obstacle) if obstacle else ("processes", f"{count} cores and enough work to start workers")
-    )
+    tested = 0 if test is None else len(test[0])
+    count = workers or _workers.at_most()
+    obstacle = _workers.too_little(template, x, recipe, n, count, tested)
+    if obstacle is None and workers is None:
+        count = _workers.available()
+        obstacle = _workers.too_little(template, x, recipe, n, count, tested)
+    obstacle = obstacle or _workers.why_not(network, x, recipe, n, count)
+    return ("loop", obstacle) if obstacle else ("processes", f"enough work for {count} worker processes")
 
 
 def _loop(
@@ -363,4 +370,16 @@ def _stack(results: list[Trained], device: torch.device) -> Trained:
         torch.stack([r.losses for r in results]).to(device),
         torch.stack([r.snapshots for r in results]),
         torch.tensor(accuracies, dtype=torch.float64) if accuracies else None,
+    )
+
+
+def _join(groups: list[Trained]) -> Trained:
+    """Groups of stacked members one after another."""
+    if len(groups) == 1:
+        return groups[0]
+    return Trained(
+        {k: torch.cat([g.params[k] for g in groups]) for k in groups[0].params},
+        {},
+        torch.cat([g.losses for g in groups]),
+        torch.cat([g.snapshots for g in groups]),
     )
