@@ -1,0 +1,415 @@
+"""The library's own recipe for dataset distillation, for when no published method is asked for by name.
+
+Two phases, both against a pool of narrow networks that are being trained on the synthetic set itself:
+
+1. *Ridge.* With F_s, F_t the last hidden layer's features of the synthetic set S and of a real batch, the loss is
+   |F_t F_s^T (F_s F_s^T + ridge k I)^-1 Y_s - Y_t|^2 with k the mean of the kernel's diagonal, differentiated to S
+   alone (the idea of FRePo: Zhou, Nezhadarya, Ba, arXiv 2206.00719). The ridge is strong, 0.1, where the
+   literature takes 1e-6: the evaluator stops long before it has fitted the small eigenvalues of this kernel, so a
+   weak ridge rewards directions that the evaluator never learns.
+2. *Refinement.* The real loss after a window of the networks' own training is differentiated through that training
+   by the exact adjoint (truncated windows at random ages: RaT-BPTT, Feng, Vedantam, Kempe, arXiv 2311.07025).
+
+The pool's rate is four times the evaluator's, for a quarter of its steps: the same path, four times cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, one_hot
+
+from gradmatch.core import checks
+from gradmatch.core.examples import Examples, as_examples
+from gradmatch.core.networks import Network, active_dropout, build
+from gradmatch.core.unroll import unrolled_gradient
+from gradmatch.data._common import Distiller, Job, Progress, State, SyntheticDataset
+
+Parameters = dict[str, Tensor]
+COARSE = 4  # evaluator steps that one step of the pool stands for
+EVALUATOR_LR, EVALUATOR_FEATURES = (
+    0.01,
+    2048,
+)  # the published evaluator: ConvNet-3 of width 128 on 28x28 images
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Step counts for one and for more images per class: (ridge, refinement)."""
+
+    one: tuple[int, int]
+    more: tuple[int, int]
+
+
+PRESETS = {"demo": Preset((600, 0), (250, 0)), "full": Preset((3000, 1000), (4500, 0))}
+
+
+def narrow_convnet(channels: int, size: int, classes: int, width: int = 32) -> Callable[[], nn.Module]:
+    """Factory of the published ConvNet at an eighth of its cost or less: up to three blocks, instance norm, 2x2 means.
+
+    Args:
+        channels, size: of the (square) images; 28 is padded to 32 by the first layer.
+        classes: outputs.
+        width: channels of every block; the published evaluator has 128.
+    """
+
+    def make() -> nn.Module:
+        layers: list[nn.Module] = []
+        side, before = size, channels
+        for block in range(3):
+            padding = 3 if block == 0 and size == 28 else 1
+            side = side + 2 * padding - 2
+            layers += [nn.Conv2d(before, width, 3, padding=padding, bias=False), nn.GroupNorm(width, width)]
+            layers += [nn.ReLU(), nn.AvgPool2d(2)]
+            before, side = width, side // 2
+            if side < 4:
+                break
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, classes))
+
+    return make
+
+
+class AutoDistill(Distiller):
+    """Learn a small training set by the recipe of this file; what ``distill --method auto`` runs.
+
+    Args:
+        per_class: images per class.
+        preset: "demo" (about a minute on two cores) or "full" (at most ten); sets ``steps`` and ``refine_steps``.
+        steps: ridge steps, in place of the preset's.
+        refine_steps: steps of the second phase, in place of the preset's.
+        labels: "hard"; "smooth" (each label keeps ``1 - smoothing``, the rest is spread evenly); "learned"
+            (start from the smooth ones, learned in the second phase); default "hard" for one image per class, else
+            "smooth".
+        smoothing: in [0, 1); default 0.5, chosen on a hold-out of Fashion-MNIST's training images.
+        ridge: lambda as a part of the kernel's mean diagonal; default 0.01 at one image per class, else 0.1 (the same
+            hold-out).
+        image_lr, refine_lr, label_lr: Adam's rates for the images in the two phases and for the labels in the second;
+            each falls to a thirtieth over the second half of its phase.
+        average: factor of the running mean of the images that is given back.
+        pool: number of networks.
+        age: steps a network of the pool is trained before a fresh one takes its place.
+        rate: the pool's learning rate; default 0.04 * min(4, 2048 / features of the last layer), four times
+            the evaluator's 0.01 at its 2048 features.
+        window: steps differentiated through in the second phase.
+        batch_size: real images per step.
+        init, standardise, seed, device: as :class:`Distiller`; ``init`` may also be "kmeans" (default).
+    """
+
+    def __init__(
+        self,
+        *,
+        per_class: int = 10,
+        preset: str = "demo",
+        steps: int | None = None,
+        refine_steps: int | None = None,
+        labels: str | None = None,
+        smoothing: float = 0.5,
+        ridge: float | None = None,
+        image_lr: float = 0.02,
+        refine_lr: float = 0.005,
+        label_lr: float = 0.01,
+        average: float = 0.99,
+        pool: int = 8,
+        age: int = 40,
+        rate: float | None = None,
+        window: int = 10,
+        batch_size: int = 256,
+        init: str = "kmeans",
+        standardise: bool = True,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        start = "real" if init == "kmeans" else init
+        super().__init__(
+            per_class=per_class, steps=0, init=start, standardise=standardise, seed=seed, device=device
+        )
+        checks.one_of("preset", preset, PRESETS)
+        counts = PRESETS[preset].one if self.per_class == 1 else PRESETS[preset].more
+        ridge_steps = counts[0] if steps is None else checks.whole("steps", steps, least=0)
+        self.refine_steps = (
+            counts[1] if refine_steps is None else checks.whole("refine_steps", refine_steps, least=0)
+        )
+        self.ridge_steps = ridge_steps
+        self.steps = ridge_steps + self.refine_steps
+        self.init = init
+        default = "hard" if self.per_class == 1 else "smooth"
+        self.labels = checks.one_of("labels", labels or default, ("hard", "smooth", "learned"))
+        self.smoothing = checks.fraction("smoothing", smoothing, zero=True, one=False)
+        self.ridge = checks.positive(
+            "ridge", (0.01 if self.per_class == 1 else 0.1) if ridge is None else ridge
+        )
+        self.image_lr = checks.positive("image_lr", image_lr)
+        self.refine_lr = checks.positive("refine_lr", refine_lr)
+        self.label_lr = checks.positive("label_lr", label_lr)
+        self.average = checks.fraction("average", average, zero=True, one=False)
+        self.pool = checks.whole("pool", pool)
+        self.age = checks.whole("age", age)
+        self.rate = None if rate is None else checks.positive("rate", rate)
+        self.window = checks.whole("window", window, most=self.age)
+        self.batch_size = checks.whole("batch_size", batch_size)
+        self._net: tuple[Job, _Net] | None = None
+
+    def distill(
+        self,
+        dataset: Any,
+        network: Network | None = None,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        init: SyntheticDataset | str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> SyntheticDataset:
+        """As :meth:`Distiller.distill`; without ``network`` a :func:`narrow_convnet` that fits the images is used.
+
+        Raises:
+            InputError: also for images that are not square where ``network`` is not given, for a network without a
+                linear last layer, and for active dropout.
+        """
+        real = as_examples(dataset)
+        if network is None:
+            checks.require(
+                real.x.ndim == 4 and real.x.shape[2] == real.x.shape[3] >= 8,
+                f"dataset holds inputs of shape {tuple(real.x.shape[1:])}; without a network they must be square "
+                "images of at least 8 pixels.",
+            )
+            network = narrow_convnet(real.x.shape[1], real.x.shape[2], real.classes)
+        return super().distill(real, network, out=out, resume=resume, init=init, progress=progress)
+
+    # ------------------------------------------------------------------ the start
+
+    def _initial(self, real: Examples, mean: Any, std: Any, init: Any) -> Tensor:
+        if init is not None or self.init != "kmeans":
+            return super()._initial(real, mean, std, init)
+        generator = torch.Generator().manual_seed(self.seed)
+        groups = [real.x[real.of_class(c)] for c in range(real.classes)]
+        for c, group in enumerate(groups):
+            checks.require(
+                len(group) >= self.per_class,
+                f"class {c} has {len(group)} samples; per_class {self.per_class} needs at least as many.",
+            )
+        return torch.cat([centroids(group, self.per_class, generator) for group in groups])
+
+    def start(self, job: Job) -> State:
+        net = self._net_of(job)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        soft = self._smooth(job).log().clamp_min(-12.0)
+        state: State = {
+            "draw": generator,
+            "images": job.images.clone(),
+            "mean": job.images.clone(),
+            "logits": soft,
+        }
+        state |= {"mean_logits": soft.clone(), "ages": torch.zeros(self.pool, dtype=torch.long)}
+        for name in ("images", "logits"):
+            state |= {f"{m}:{name}": torch.zeros_like(_tensor(state, name)) for m in "mv"}
+        for i in range(self.pool):
+            self._fresh(job, net, state, i)
+            for _ in range(i * self.age // self.pool):
+                self._train(job, net, state, i)
+        return state
+
+    def _smooth(self, job: Job) -> Tensor:
+        """The labels as probabilities (n, classes) before any are learned."""
+        hard = one_hot(job.labels, job.real.classes).to(job.images)
+        keep = 0.0 if self.labels == "hard" else self.smoothing
+        return (1 - keep) * hard + keep / job.real.classes
+
+    def _probabilities(self, job: Job, logits: Tensor) -> Tensor:
+        return logits.softmax(1) if self.labels == "learned" else self._smooth(job)
+
+    # ------------------------------------------------------------------ the pool
+
+    def _net_of(self, job: Job) -> _Net:
+        if self._net is None or self._net[0] is not job:
+            self._net = (job, _Net(build(job.network, self.seed, job.device), job.images, self.rate))
+        return self._net[1]
+
+    def _fresh(self, job: Job, net: _Net, state: State, i: int) -> None:
+        seed = int(torch.randint(2**62, (), generator=_generator(state)))
+        for name, value in build(job.network, seed, job.device).named_parameters():
+            state[f"net{i}:{name}"] = value.detach().clone()
+            state[f"speed{i}:{name}"] = torch.zeros_like(value)
+        _tensor(state, "ages")[i] = 0
+
+    def _train(self, job: Job, net: _Net, state: State, i: int) -> None:
+        """One step of network ``i`` on the synthetic set, as the evaluator would take it."""
+        images, labels = _tensor(state, "images"), self._probabilities(job, _tensor(state, "logits"))
+        weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
+        loss = cross_entropy(net(weights, images)[0], labels)
+        self._move(
+            net, state, i, dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        )
+
+    def _move(self, net: _Net, state: State, i: int, gradient: Parameters) -> None:
+        with torch.no_grad():
+            for name, g in gradient.items():
+                weight, speed = _tensor(state, f"net{i}:{name}"), _tensor(state, f"speed{i}:{name}")
+                speed = 0.9 * speed + g + 5e-4 * weight
+                state[f"speed{i}:{name}"], state[f"net{i}:{name}"] = speed, weight - net.rate * speed
+        _tensor(state, "ages")[i] += 1
+
+    # ------------------------------------------------------------------ the steps
+
+    def step(self, job: Job, state: State, k: int) -> Mapping[str, float]:
+        net = self._net_of(job)
+        generator = _generator(state)
+        i = int(torch.randint(self.pool, (), generator=generator))
+        real = job.real.take(
+            torch.randint(len(job.real), (self.batch_size,), generator=generator).to(job.device)
+        )
+        refining = k >= self.ridge_steps
+        span = self.window if refining else 1
+        if int(_tensor(state, "ages")[i]) + span > self.age:
+            self._fresh(job, net, state, i)
+        loss = self._refine(job, net, state, i, real) if refining else self._regress(job, net, state, i, real)
+        first, count = (self.ridge_steps, self.refine_steps) if refining else (0, self.ridge_steps)
+        fade = max(1 / 30, min(1.0, 2 * (1 - (k - first) / count)))
+        self._descend(state, "images", fade * (self.refine_lr if refining else self.image_lr), k - first)
+        if refining and self.labels == "learned":
+            self._descend(state, "logits", fade * self.label_lr, k - first)
+        keep = min(self.average, k / (k + 10))
+        for name, mean in (("images", "mean"), ("logits", "mean_logits")):
+            state[mean] = _tensor(state, mean).lerp(_tensor(state, name), 1 - keep)
+        return {"loss": loss}
+
+    def _regress(self, job: Job, net: _Net, state: State, i: int, real: Examples) -> float:
+        """Ridge regression from the synthetic to the real features; the same forward pass also trains the network."""
+        weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
+        images = _tensor(state, "images").detach().requires_grad_()
+        with torch.no_grad():
+            f_real = net(weights, real.x)[1]
+        logits, features = net(weights, images)
+        leaf = features.detach().requires_grad_()
+        loss = self._ridge_loss(job, leaf, f_real, real.y)
+        pull = torch.autograd.grad(loss, leaf)[0]
+        state["grad:images"] = torch.autograd.grad(features, images, pull, retain_graph=True)[0]
+        inner = cross_entropy(logits, self._probabilities(job, _tensor(state, "logits")))
+        self._move(
+            net, state, i, dict(zip(weights, torch.autograd.grad(inner, list(weights.values())), strict=True))
+        )
+        return float(loss.detach())
+
+    def _ridge_loss(self, job: Job, features: Tensor, f_real: Tensor, y_real: Tensor) -> Tensor:
+        """Mean squared error of the ridge regression fitted to the synthetic features (n, d), on the real ones."""
+        classes = job.real.classes
+        targets = one_hot(job.labels, classes).to(features) - 1 / classes
+        kernel = features @ features.T
+        scale = kernel.detach().diagonal().mean().clamp_min(1e-12)
+        damping = self.ridge * scale * torch.eye(len(kernel)).to(kernel)
+        fitted = f_real @ (features.T @ torch.linalg.solve(kernel + damping, targets))
+        return (fitted - one_hot(y_real, classes).to(fitted) + 1 / classes).square().mean()
+
+    def _refine(self, job: Job, net: _Net, state: State, i: int, real: Examples) -> float:
+        """The real loss after a window of the network's own training, through that training."""
+        inputs = {"images": _tensor(state, "images"), "logits": _tensor(state, "logits")}
+
+        def step_loss(theta: Parameters, _: int, x: Parameters) -> Tensor:
+            return cross_entropy(net(theta, x["images"])[0], self._probabilities(job, x["logits"]))
+
+        def outer_loss(theta: Parameters) -> Tensor:
+            logits = net(theta, real.x)[0]
+            return cross_entropy(logits * best_scale(logits.detach(), real.y), real.y)
+
+        out = unrolled_gradient(
+            step_loss,
+            net.parameters(state, i),
+            outer_loss,
+            inputs,
+            net.rate,
+            self.window,
+            momentum=0.9,
+            weight_decay=5e-4,
+            velocity0=net.parameters(state, i, "speed"),
+        )
+        for name, weight in out.theta.items():
+            state[f"net{i}:{name}"], state[f"speed{i}:{name}"] = weight, out.velocity[name]
+        _tensor(state, "ages")[i] += self.window
+        state["grad:images"], state["grad:logits"] = out.grads["images"], out.grads["logits"]
+        return float(out.loss)
+
+    def _descend(self, state: State, name: str, rate: float, k: int) -> None:
+        """Adam with betas (0.9, 0.99); its moments start anew with each phase, whose gradients differ in size."""
+        g, alive = _tensor(state, f"grad:{name}"), float(k > 0)
+        m = state[f"m:{name}"] = alive * 0.9 * _tensor(state, f"m:{name}") + 0.1 * g
+        v = state[f"v:{name}"] = alive * 0.99 * _tensor(state, f"v:{name}") + 0.01 * g.square()
+        m, v = m / (1 - 0.9 ** (k + 1)), v / (1 - 0.99 ** (k + 1))
+        state[name] = _tensor(state, name) - rate * m / (v.sqrt() + 1e-8)
+
+    def images_of(self, job: Job, state: State) -> Tensor:
+        return _tensor(state, "mean")
+
+    def labels_of(self, job: Job, state: State) -> Tensor:
+        return (
+            job.labels if self.labels == "hard" else self._probabilities(job, _tensor(state, "mean_logits"))
+        )
+
+
+def centroids(x: Tensor, k: int, generator: torch.Generator, rounds: int = 15) -> Tensor:
+    """(k, ...) means of k-means clusters of ``x`` (n, ...); an empty cluster keeps its centre."""
+    flat = x.flatten(1)
+    centres = flat[torch.randperm(len(flat), generator=generator)[:k].to(flat.device)].clone()
+    for _ in range(1 if k == 1 else rounds):
+        nearest = (centres.square().sum(1) - 2 * flat @ centres.T).argmin(1)
+        counts = torch.bincount(nearest, minlength=k)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, flat)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+    return centres.reshape(k, *x.shape[1:])
+
+
+def best_scale(logits: Tensor, y: Tensor, rounds: int = 12) -> Tensor:
+    """The positive factor that makes ``cross_entropy(factor * logits, y)`` least (damped Newton on its logarithm).
+
+    Scaling all logits changes no prediction, so the second phase should not be paid for it.
+    """
+    true = logits.gather(1, y[:, None])[:, 0]
+    log = torch.zeros((), dtype=logits.dtype, device=logits.device)
+    for _ in range(rounds):
+        p = (log.exp() * logits).softmax(1)
+        mean = (p * logits).sum(1)
+        slope = log.exp() * (mean - true).mean()
+        bend = log.exp() ** 2 * ((p * logits.square()).sum(1) - mean.square()).mean() + slope.abs()
+        log = log - (slope / (bend + 1e-8)).clamp(-1, 1)
+    return log.clamp(-3, 6).exp()
+
+
+class _Net:
+    """A network as a function of its parameters, giving its logits and the input of its last linear layer."""
+
+    def __init__(self, module: nn.Module, x: Tensor, rate: float | None) -> None:
+        linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+        checks.require(bool(linear), "network has no nn.Linear; its last layer must be one.")
+        checks.require(
+            not active_dropout(module), "network has active dropout; build it without, or in eval mode."
+        )
+        self.module, self.caught = module, x
+        self.width = linear[-1].in_features
+        self.rate = rate or COARSE * EVALUATOR_LR * min(4.0, EVALUATOR_FEATURES / self.width)
+        linear[-1].register_forward_pre_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.caught = inputs[0]
+
+    def parameters(self, state: State, i: int, kind: str = "net") -> Parameters:
+        return {name: _tensor(state, f"{kind}{i}:{name}") for name, _ in self.module.named_parameters()}
+
+    def __call__(self, weights: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Tensor = functional_call(self.module, weights, (x,))
+        return logits, self.caught
+
+
+def _tensor(state: State, name: str) -> Tensor:
+    value = state[name]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _generator(state: State) -> torch.Generator:
+    value = state["draw"]
+    assert isinstance(value, torch.Generator)
+    return value
