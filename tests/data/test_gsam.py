@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.core.checks import InputError
-from gradmatch.data._gsam import GSAM, direction, kept_running_statistics, perturbation
+from gradmatch.core.ensemble import member_seeds, train_ensemble
+from gradmatch.core.networks import build
+from gradmatch.data._gsam import GSAM, GSAMUpdate, kept_running_statistics, perturbation
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -19,6 +21,10 @@ def _net(seed: int = 0, norm: bool = False) -> nn.Sequential:
     torch.manual_seed(seed)
     layers = [nn.Linear(4, 6), *([nn.BatchNorm1d(6)] if norm else []), nn.Tanh(), nn.Linear(6, 3)]
     return nn.Sequential(*layers).double()
+
+
+def _fresh() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def _batch() -> tuple[Tensor, Tensor]:
@@ -52,10 +58,9 @@ def _by_hand(rho: float, alpha: float, adaptive: bool) -> Tensor:
         return _vector(torch.autograd.grad(_loss(net), list(net.parameters())))
 
     g = gradient(theta)
+    eps = rho * g / (g.norm() + 1e-12)
     if adaptive:
         eps = rho * theta**2 * g / ((theta.abs() * g).norm() + 1e-12)
-    else:
-        eps = rho * g / (g.norm() + 1e-12)
     gp = gradient(theta + eps)
     orthogonal = g - (g @ gp) / (gp @ gp) * gp
     assert abs(float(orthogonal @ gp)) < 1e-5
@@ -98,19 +103,21 @@ def test_radius_of_the_climb() -> None:
     assert abs(float(ratio.norm()) - 0.3) < 1e-5
 
 
-def test_stacked_members_are_independent() -> None:
-    g = torch.Generator().manual_seed(0)
-    params = [torch.randn(3, 5, 2, generator=g), torch.randn(3, 4, generator=g)]
-    grads = [torch.randn(3, 5, 2, generator=g), torch.randn(3, 4, generator=g)]
-    second = [torch.randn(3, 5, 2, generator=g), torch.randn(3, 4, generator=g)]
-    for adaptive in (False, True):
-        eps = perturbation(params, grads, 0.2, adaptive, stacked=True)
-        d = direction(grads, second, 0.7, stacked=True)
-        for k in range(3):
-            alone = perturbation([p[k] for p in params], [x[k] for x in grads], 0.2, adaptive)
-            step = direction([x[k] for x in grads], [x[k] for x in second], 0.7)
-            for mine, one in ((eps, alone), (d, step)):
-                assert all(torch.allclose(a[k], b, atol=1e-6) for a, b in zip(mine, one, strict=True))
+@pytest.mark.parametrize("program", ["loop", "vmap"])
+def test_many_members_at_once_equal_the_optimiser_alone(program: str) -> None:
+    x, y = _batch()
+    update = GSAMUpdate(0.5, 0.3, True, momentum=0.9, weight_decay=0.01)
+    ensemble = train_ensemble(
+        _fresh, (x, y), 3, epochs=4, lr=0.1, batch_size=8, milestones=(), update=update, program=program
+    )
+    for k in range(3):
+        net = build(_fresh, member_seeds(0, k).init).double()
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        optimizer = GSAM(net.parameters(), base, rho=0.5, alpha=0.3)
+        for _ in range(4):
+            optimizer.step(lambda net=net: _loss(net))
+        got = _vector([p[k] for p in ensemble.params.values()])
+        assert torch.allclose(got, _vector(net.parameters()), atol=1e-12, rtol=0)
 
 
 def test_orthogonal_part_vanishes_on_a_round_quadratic() -> None:

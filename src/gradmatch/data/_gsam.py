@@ -1,7 +1,8 @@
-"""Surrogate-gap guided sharpness-aware minimisation (Zhuang et al., arXiv 2203.08065), after SAM (2010.01412) and ASAM (2102.11600).
+"""GSAM, surrogate-gap guided sharpness-aware minimisation (Zhuang et al., arXiv 2203.08065).
 
-One step on a batch: g = grad L(theta); climb by eps; g_p = grad L(theta + eps) on the same batch; put theta back; then
-step along d = g_p - alpha g_perp, where g_perp is the part of g orthogonal to g_p. With |.| taken over all parameters::
+It extends SAM (Foret et al., arXiv 2010.01412) and its adaptive scaling ASAM (Kwon et al., arXiv 2102.11600).
+One step on a batch: g = grad L(theta); climb by eps; g_p = grad L(theta + eps) on the same batch; put theta back;
+step along d = g_p - alpha g_perp, where g_perp is the part of g orthogonal to g_p. With |.| over all parameters::
 
     eps = rho g / |g|                         (plain)
     eps = rho theta^2 g / | |theta| g |       (adaptive: | eps / |theta| | = rho)
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,47 +24,68 @@ from torch.optim import Optimizer
 
 from gradmatch.core import checks
 
+Named = dict[str, Tensor]
+
 TINY = 1e-12
 """Added to the norm that rho is divided by, as in the published code."""
 
 
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor], lead: int) -> Tensor:
-    """Inner product over all tensors together; one for each member where ``lead`` is 1."""
-    return torch.stack([(x * y).flatten(lead).sum(-1) for x, y in zip(a, b, strict=True)]).sum(0)
-
-
-def _spread(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.reshape(*scale.shape, *(1,) * (like.ndim - scale.ndim))
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def perturbation(
-    params: Sequence[Tensor], grads: Sequence[Tensor], rho: float, adaptive: bool, *, stacked: bool = False
+    params: Sequence[Tensor], grads: Sequence[Tensor], rho: float, adaptive: bool
 ) -> list[Tensor]:
-    """The climb eps of SAM, or of ASAM where ``adaptive``.
-
-    Args:
-        params, grads: equally shaped tensors; with ``stacked`` their first dimension counts independent members,
-            each of which gets its own norm.
-        rho: radius: |eps| = rho, or | eps / |theta| | = rho where ``adaptive``.
-    """
-    lead = 1 if stacked else 0
-    scaled = [t.abs() * g for t, g in zip(params, grads, strict=True)] if adaptive else list(grads)
-    scale = rho / (_inner(scaled, scaled, lead).sqrt() + TINY)
+    """The climb eps of SAM, or of ASAM where ``adaptive``; the norm is taken over all tensors together."""
     if adaptive:
-        return [_spread(scale, t) * t.square() * g for t, g in zip(params, grads, strict=True)]
-    return [_spread(scale, g) * g for g in grads]
+        scaled = [t * g for t, g in zip(params, grads, strict=True)]
+        scale = rho / (_inner(scaled, scaled).sqrt() + TINY)
+        return [scale * t * s for t, s in zip(params, scaled, strict=True)]
+    scale = rho / (_inner(grads, grads).sqrt() + TINY)
+    return [scale * g for g in grads]
 
 
-def direction(
-    grads: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float, *, stacked: bool = False
-) -> list[Tensor]:
+def direction(grads: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> list[Tensor]:
     """d = g_p - alpha (g - <g, g_p> g_p / |g_p|^2)."""
     if alpha == 0:
         return list(perturbed)
-    lead = 1 if stacked else 0
-    square = _inner(perturbed, perturbed, lead)
-    along = _inner(grads, perturbed, lead) / square.clamp_min(torch.finfo(square.dtype).tiny)
-    return [p - alpha * (g - _spread(along, p) * p) for g, p in zip(grads, perturbed, strict=True)]
+    square = _inner(perturbed, perturbed)
+    along = _inner(grads, perturbed) / square.clamp_min(torch.finfo(square.dtype).tiny)
+    return [p - alpha * (g - along * p) for g, p in zip(grads, perturbed, strict=True)]
+
+
+@dataclass(frozen=True)
+class GSAMUpdate:
+    """GSAM around SGD as the ``update`` of :func:`gradmatch.core.ensemble.train_ensemble`: many experts at once.
+
+    Attributes:
+        rho, alpha, adaptive: as in :class:`GSAM`.
+        momentum, weight_decay: of the base SGD, as in ``torch.optim.SGD``.
+    """
+
+    rho: float = 0.01
+    alpha: float = 1.0
+    adaptive: bool = True
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __call__(
+        self, params: Named, grad_fn: Callable[[Named], Named], state: Named, lr: float
+    ) -> tuple[Named, Named]:
+        names, theta = list(params), list(params.values())
+        first = grad_fn(params)
+        step = [first[k] for k in names]
+        if self.rho:
+            climb = perturbation(theta, step, self.rho, self.adaptive)
+            second = grad_fn({k: t + e for k, t, e in zip(names, theta, climb, strict=True)})
+            step = direction(step, [second[k] for k in names], self.alpha)
+        if self.weight_decay:
+            step = [d + self.weight_decay * t for d, t in zip(step, theta, strict=True)]
+        if self.momentum:
+            step = [self.momentum * state[k] + d if state else d for k, d in zip(names, step, strict=True)]
+            state = dict(zip(names, step, strict=True))
+        return {k: t - lr * d for k, t, d in zip(names, theta, step, strict=True)}, state
 
 
 class GSAM(Optimizer):

@@ -1,187 +1,389 @@
-"""Gradient matching: the gradient that images get from making a network's gradient on them that of real data.
+"""Trajectory matching: images on which a student, started on an expert's checkpoint, ends on a later one.
 
-The network is held as a function (:class:`Learner`); its parameters and buffers are dictionaries kept outside of it.
+With theta_0 and theta* an expert's parameters some epochs apart, and N steps theta_{i+1} = theta_i - lr g_i(theta_i, S)
+on the synthetic set S, the loss |theta_N - theta*|^2 / |theta_0 - theta*|^2 is lowered in the pixels and in lr
+(MTT, Cazenavette et al., arXiv 2203.11932). How the gradient goes through the N steps is core's affair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 
 from gradmatch.core import checks
-from gradmatch.core.distance import gradient_distance
-from gradmatch.core.networks import active_dropout, seeded
+from gradmatch.core._params import ParamSpace
+from gradmatch.core.augment import SiameseAugment
+from gradmatch.core.ensemble import member_seeds
+from gradmatch.core.networks import Network, active_dropout, build, has_batchnorm
+from gradmatch.core.unroll import MODES, STORES, UnrolledGradient, unrolled_gradient
+from gradmatch.data._common import Distiller, Job, State, SyntheticDataset, unstandardise
+from gradmatch.data._inner import (
+    SEEDS,
+    Augment,
+    Inner,
+    batch_order,
+    caller,
+    distance_to,
+    require_matchable,
+    squared_gap,
+)
+from gradmatch.data._trajectories import TrajectoryBuffer, name_of, train_experts
 
-Tensors = dict[str, Tensor]
-View = Callable[[Tensor], Tensor]
-CHUNK = 256
-"""Real images in one pass; gradients of several passes are added."""
+SOFT_LABELS = (False, "teacher", "teacher-init")
 
 
 @dataclass(frozen=True)
-class Learner:
-    """A network's computation, at whatever parameters and buffers.
+class MatchJob(Job):
+    """A job with the experts and the student they were."""
 
-    Attributes:
-        module: gives the computation; its own tensors are neither read nor changed.
-        matched: names of the parameters whose gradients are compared.
-        distance: how, see :func:`gradmatch.core.distance.gradient_distance`.
+    buffer: TrajectoryBuffer
+    net: nn.Module
+    space: ParamSpace
+
+
+class TrajectoryMatcher(Distiller):
+    """The loop that the trajectory-matching systems share; FTD and TESLA differ in experts, averaging and labels.
+
+    Args:
+        per_class, steps: images per class; outer iterations (5000 as in MTT and FTD).
+        syn_steps: N, inner steps on the synthetic set.
+        expert_epochs: M, epochs between an expert's start and target.
+        max_start_epoch: starts are drawn from epochs 0 .. max_start_epoch - 1.
+        lr_img, momentum: SGD on the pixels (and on the rate). The loss is tiny per pixel, so that 100 to 10000 is
+            usual for standardised 32x32 images; small images and few steps need less.
+        lr_lr: rate of learning the inner rate.
+        lr_syn: inner rate to start from; it is learned, and is the rate for training on the result.
+        lr_floor: the least inner rate; the published code has none. None stops the run instead once the rate is
+            not positive.
+        ema_decay: averages the pixels over about 1 / (1 - decay) iterations; 0: no averaging.
+        batch_syn: images in an inner step; default all.
+        unroll: "exact" (default), "tesla", "full", "checkpoint": how to differentiate the inner steps.
+        state_store: "memory", "cpu" or "recompute": where "exact" and "tesla" keep the N states.
+        soft_labels: "teacher" assigns the target expert's probabilities in every iteration, "teacher-init" once,
+            before the first step; False leaves hard labels.
+        lr_label: rate at which label logits are learned as well; default None, labels are constants.
+        augment: operations of :class:`gradmatch.core.augment.SiameseAugment` joined by "_", or a function
+            ``(x, generator) -> x``; used for experts and students. Default none.
+        allow_batchnorm, allow_dropout: permit such networks: batch statistics; the draws of a step replayed.
+        experts: options of :func:`gradmatch.data.train_experts` for ``distill`` without a buffer.
+        init, standardise, seed, device: as for every :class:`Distiller`.
+
+    Raises:
+        InputError: options out of range, a buffer too short or of another network, start equal to target, a loss or
+            rate that leaves its range (naming the iteration).
     """
 
-    module: nn.Module
-    matched: tuple[str, ...]
-    distance: str
+    expert_defaults: Mapping[str, Any] = {"optimizer": "sgd"}
 
-    @classmethod
-    def of(cls, module: nn.Module, distance: str) -> Learner:
-        """The learner of a module; "filter_cosine" leaves out parameters of one dimension, which cost nothing there.
-
-        Raises:
-            InputError: no parameter is left, or a layer normalises by the batch and keeps no statistics to freeze.
-        """
-        names = tuple(k for k, p in module.named_parameters() if distance != "filter_cosine" or p.ndim >= 2)
-        checks.require(bool(names), f"network has no parameter that the distance {distance!r} compares.")
-        loose = [k for k, m in module.named_modules() if _is_batch_norm(m) and not m.track_running_stats]
-        checks.require(
-            not loose,
-            f"network normalises by the batch without running statistics at {checks.listing(loose)}; "
-            "matching needs statistics that can be frozen.",
-        )
-        return cls(module, names, distance)
-
-    def gradient(
-        self, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, weight: Tensor | None = None
-    ) -> list[Tensor]:
-        """Gradient of the mean cross-entropy of a batch, or of its sum weighted by ``weight`` (n,).
-
-        Taken with dropout off and statistics frozen; one tensor for each matched parameter. The graph is kept where
-        ``x`` requires grad.
-        """
-        self.module.eval()
-        live = {k: p.detach().requires_grad_(k in self.matched) for k, p in params.items()}
-        logits = functional_call(self.module, live | buffers, (x,))
-        if weight is None:
-            loss = F.cross_entropy(logits, y)
-        else:
-            loss = (F.cross_entropy(logits, y, reduction="none") * weight).sum()
-        wanted = [live[k] for k in self.matched]
-        return list(torch.autograd.grad(loss, wanted, create_graph=x.requires_grad))
-
-    def real_gradient(
-        self, params: Tensors, buffers: Tensors, batches: Sequence[Tensor], classes: Sequence[int]
-    ) -> list[Tensor]:
-        """Mean over the classes of the gradients of their batches, by one backward pass through all of them."""
-        x = torch.cat(list(batches))
-        sizes = torch.tensor([len(b) for b in batches], device=x.device)
-        y = torch.tensor(classes, device=x.device).repeat_interleave(sizes)
-        weight = (1 / (len(batches) * sizes.to(x.dtype))).repeat_interleave(sizes)
-        total: list[Tensor] | None = None
-        for i in range(0, len(x), CHUNK):
-            here = slice(i, i + CHUNK)
-            part = self.gradient(params, buffers, x[here], y[here], weight[here])
-            total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
-        assert total is not None
-        return total
-
-    def image_gradients(
+    def __init__(
         self,
-        params: Tensors,
-        buffers: Tensors,
-        real: Sequence[Tensor],
-        synthetic: Sequence[Tensor],
-        contrastive: bool,
         *,
-        classes: Sequence[int] | None = None,
-        views: Sequence[View] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The matching loss, and its gradient in the synthetic images of each class.
+        per_class: int = 10,
+        steps: int = 5000,
+        syn_steps: int = 30,
+        expert_epochs: int = 2,
+        max_start_epoch: int = 20,
+        lr_img: float = 100.0,
+        lr_lr: float = 1e-5,
+        lr_syn: float = 0.01,
+        lr_floor: float | None = 1e-3,
+        momentum: float = 0.5,
+        ema_decay: float = 0.0,
+        batch_syn: int | None = None,
+        unroll: str = "exact",
+        state_store: str = "memory",
+        soft_labels: bool | str = False,
+        lr_label: float | None = None,
+        augment: str | Augment | None = None,
+        allow_batchnorm: bool = False,
+        allow_dropout: bool = False,
+        experts: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(per_class=per_class, steps=steps, **options)
+        self.syn_steps = checks.whole("syn_steps", syn_steps)
+        self.expert_epochs = checks.whole("expert_epochs", expert_epochs)
+        self.max_start_epoch = checks.whole("max_start_epoch", max_start_epoch)
+        self.lr_img = checks.nonnegative("lr_img", lr_img)
+        self.lr_lr = checks.nonnegative("lr_lr", lr_lr)
+        self.lr_syn = checks.positive("lr_syn", lr_syn)
+        self.lr_floor = None if lr_floor is None else checks.positive("lr_floor", lr_floor)
+        self.momentum = checks.fraction("momentum", momentum, zero=True, one=False)
+        self.ema_decay = checks.fraction("ema_decay", ema_decay, zero=True, one=False)
+        self.batch_syn = None if batch_syn is None else checks.whole("batch_syn", batch_syn)
+        self.unroll = checks.one_of("unroll", unroll, MODES)
+        self.state_store = checks.one_of("state_store", state_store, STORES)
+        self.soft_labels = checks.one_of("soft_labels", soft_labels, SOFT_LABELS)
+        self.lr_label = None if lr_label is None else checks.nonnegative("lr_label", lr_label)
+        checks.require(
+            self.lr_label is None or self.soft_labels != "teacher",
+            "lr_label is given with soft_labels 'teacher', which overwrites labels in every iteration; use "
+            "'teacher-init' or hard labels.",
+        )
+        self.augment = SiameseAugment(augment) if isinstance(augment, str) else augment
+        self.allow_batchnorm, self.allow_dropout = bool(allow_batchnorm), bool(allow_dropout)
+        self.experts = {**self.expert_defaults, **(experts or {})}
+        self._buffer: TrajectoryBuffer | None = None
+        self._raw: SyntheticDataset | None = None
 
-        Args:
-            real, synthetic: a batch (n_c, ...) of each class.
-            contrastive: compare the means over the classes, instead of every class on its own (and add up).
-            classes: the class of each batch; default 0, 1, ...
-            views: for each class a function applied to its real and to its synthetic images.
-        """
-        classes = range(len(real)) if classes is None else classes
-        leaves = [s.detach().requires_grad_() for s in synthetic]
-        shown, seen = list(leaves), list(real)
-        if views is not None:
-            shown = [view(s) for view, s in zip(views, leaves, strict=True)]
-            seen = [view(r) for view, r in zip(views, real, strict=True)]
-        groups = [list(range(len(leaves)))] if contrastive else [[c] for c in range(len(leaves))]
-        total = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device)
-        grads: list[Tensor] = []
-        for group in groups:
-            target = self.real_gradient(
-                params, buffers, [seen[c] for c in group], [classes[c] for c in group]
-            )
-            x = torch.cat([shown[c] for c in group])
-            y = torch.cat([torch.full((len(shown[c]),), classes[c], device=x.device) for c in group])
-            loss = gradient_distance(self.gradient(params, buffers, x, y), target, self.distance)
-            grads += torch.autograd.grad(loss, [leaves[c] for c in group])
-            total = total + loss.detach()
-        return total, grads
+    @property
+    def raw(self) -> SyntheticDataset | None:
+        """The result of the last ``distill`` with the images of its last step, before averaging."""
+        return self._raw
 
-    def freeze_statistics(self, params: Tensors, buffers: Tensors, x: Tensor) -> None:
-        """Make the running statistics in ``buffers`` those of the batch ``x``, in place."""
-        self.module.eval()
-        with torch.no_grad(), _collecting(self.module):
-            functional_call(self.module, params | buffers, (x,))
+    def describe(self) -> dict[str, Any]:
+        """The options, and how the experts were trained."""
+        found = super().describe() | {"augment": name_of(self.augment), "experts": dict(self.experts)}
+        if self._buffer is not None:
+            first = self._buffer.parts[0]
+            marks = [
+                float(first[0, -1].double().sum()),
+                float(first[-1, 0].double().sum()),
+                len(self._buffer),
+            ]
+            found |= {"experts": self._buffer.meta, "buffer": marks}
+        return found
 
-    def train(
+    def distill(
         self,
-        params: Tensors,
-        buffers: Tensors,
-        batches: Iterator[tuple[Tensor, Tensor]],
-        lr: float,
-        seed: int,
-    ) -> Tensors:
-        """The parameters after an SGD step on each batch, in train mode; running statistics stay as they are."""
-        self.module.train()
-        scratch = {k: b.clone() for k, b in buffers.items()}  # train mode writes statistics: into a copy
-        live = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
-        tensors = list(live.values())
-        with _dropout_seeded(self.module, seed):
-            for x, y in batches:
-                loss = F.cross_entropy(functional_call(self.module, live | scratch, (x,)), y)
-                grads = torch.autograd.grad(loss, tensors)
-                with torch.no_grad():
-                    torch._foreach_add_(tensors, grads, alpha=-lr)
-        return {k: p.detach() for k, p in live.items()}
+        dataset: Any,
+        network: Network,
+        *,
+        buffer: TrajectoryBuffer | str | Path | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        init: SyntheticDataset | str | Path | None = None,
+        progress: Any = None,
+    ) -> SyntheticDataset:
+        """Learn the synthetic set; trains the experts first where no ``buffer`` (or its folder) is given.
+
+        With ``out``, experts trained here are kept in its folder "experts", and ``raw.safetensors`` holds the images
+        without averaging. The other arguments are those of :meth:`Distiller.distill`.
+        """
+        run = copy.copy(self)
+        if isinstance(buffer, str | Path):
+            buffer = TrajectoryBuffer.load(buffer)
+        if buffer is None:
+            home = None if out is None else Path(out) / "experts"
+            buffer = run._train_experts(dataset, network, home, resume)
+        run._buffer = buffer
+        result = super(TrajectoryMatcher, run).distill(
+            dataset, network, out=out, resume=resume, init=init, progress=progress
+        )
+        raw_file = None if out is None else Path(out) / "raw.safetensors"
+        self._raw = run._raw
+        if raw_file is not None and run._raw is not None:
+            run._raw.save(raw_file)
+        elif raw_file is not None and raw_file.is_file():
+            self._raw = SyntheticDataset.load(raw_file)
+        return result
+
+    def _train_experts(
+        self, dataset: Any, network: Network, out: Path | None, resume: bool
+    ) -> TrajectoryBuffer:
+        real = Distiller.job(self, dataset, network).real
+        options = {"seed": self.seed, "augment": self.augment, **self.experts, "standardise": False}
+        wanted = self.max_start_epoch + self.expert_epochs - 1
+        options.setdefault("epochs", max(50, wanted))
+        checks.require(
+            options["epochs"] >= wanted,
+            f"experts have {options['epochs']} epochs; max_start_epoch {self.max_start_epoch} and expert_epochs "
+            f"{self.expert_epochs} need at least {wanted}.",
+        )
+        return train_experts(real, network, **options, out=out, resume=resume)
+
+    def job(
+        self, dataset: Any, network: Network, init: SyntheticDataset | str | Path | None = None
+    ) -> MatchJob:
+        """The checked data, experts and student."""
+        base = super().job(dataset, network, init)
+        buffer = self._buffer
+        if buffer is None:
+            checks.refuse("there is no buffer of experts yet; call distill, which trains one or takes yours.")
+        buffer.require_segments(self.max_start_epoch, self.expert_epochs)
+        self._require_scaling(buffer, base)
+        count = base.real.classes * self.per_class
+        checks.require(
+            self.batch_syn is None or self.batch_syn <= count,
+            f"batch_syn is {self.batch_syn}; there are only {count} synthetic images.",
+        )
+        net = build(network, self.seed, base.device).to(base.real.x.dtype).train()
+        require_matchable(net, self.allow_batchnorm, self.allow_dropout)
+        return MatchJob(**vars(base), buffer=buffer, net=net, space=buffer.require_network(net))
+
+    @staticmethod
+    def _require_scaling(buffer: TrajectoryBuffer, base: Job) -> None:
+        """Experts that recorded how their data were standardised must have seen the data of this job."""
+        theirs = [v for key in ("mean", "std") for v in buffer.meta.get(key) or ()]
+        mine = [*(base.mean or ()), *(base.std or ())]
+        same = len(theirs) == len(mine) and all(
+            abs(a - b) <= 1e-3 * abs(b) + 1e-5 for a, b in zip(mine, theirs, strict=True)
+        )
+        checks.require(
+            not theirs or same,
+            f"the buffer's experts saw data standardised by mean and deviation {theirs}, here they are {mine or None}; "
+            "both must be the same data under the same option standardise.",
+        )
+
+    def start(self, job: Job) -> State:
+        """Images at their initial values, the rate, both velocities, and what the options add."""
+        images = job.images.clone()
+        state: State = {
+            "images": images,
+            "images_velocity": torch.zeros_like(images),
+            "lr": torch.tensor(self.lr_syn, dtype=images.dtype, device=images.device),
+            "lr_velocity": torch.zeros((), dtype=images.dtype, device=images.device),
+            "generator": torch.Generator().manual_seed(member_seeds(self.seed, 0).order),
+        }
+        if self.ema_decay:
+            state["ema"] = images.clone()
+        if self.soft_labels == "teacher-init":
+            # the target of the first iteration, whose draw this repeats
+            same = generator_of(state).clone_state()
+            target = _match(job).buffer.draw(same, self.max_start_epoch, self.expert_epochs)[3]
+            state["labels"] = self.teacher_labels(job, images, target.to(images))
+        if self.lr_label is not None:
+            hard = torch.nn.functional.one_hot(job.labels, job.real.classes).to(images.dtype)
+            soft = 0.9 * hard + 0.1 / job.real.classes
+            labels = tensor_of(state, "labels") if "labels" in state else soft
+            state["logits"] = labels.clamp_min(1e-6).log()
+            state["logits_velocity"] = torch.zeros_like(labels)
+        return state
+
+    def step(self, job: Job, state: State, k: int) -> Mapping[str, float]:
+        """One outer iteration: draw a segment of an expert, match it, move pixels, rate and what else is learned."""
+        try:
+            result = self.gradient(job, state)
+        except checks.InputError as error:
+            raise checks.InputError(f"iteration {k}: {error}") from error
+        self._descend(state, "images", result.grads["images"], self.lr_img)
+        self._descend(state, "lr", result.lr_grad, self.lr_lr)
+        if self.lr_label is not None:
+            self._descend(state, "logits", result.grads["logits"], self.lr_label)
+        if self.ema_decay:
+            tensor_of(state, "ema").lerp_(tensor_of(state, "images"), 1 - self.ema_decay)
+        rate = float(tensor_of(state, "lr"))
+        if self.lr_floor is None:
+            checks.require(
+                rate > 0, f"iteration {k}: lr_syn became {rate}; it must stay above 0 (lower lr_lr)."
+            )
+        elif rate < self.lr_floor:
+            tensor_of(state, "lr").fill_(self.lr_floor)
+        return {"loss": float(result.loss), "lr_syn": rate}
+
+    def gradient(self, job: Job, state: State) -> UnrolledGradient:
+        """Matching loss of a freshly drawn segment and its gradients; assigns the labels where a teacher does."""
+        match, generator = _match(job), generator_of(state)
+        images, space = tensor_of(state, "images"), match.space
+        _, _, theta0, target = match.buffer.draw(generator, self.max_start_epoch, self.expert_epochs)
+        theta0, target = theta0.to(images), target.to(images)
+        gap = squared_gap(theta0, target)
+        if self.soft_labels == "teacher":
+            state["labels"] = self.teacher_labels(match, images, target)
+        labels = tensor_of(state, "labels") if "labels" in state else match.labels
+        inner = Inner(
+            caller(match.net),
+            batch_order(len(images), self.batch_syn, self.syn_steps, generator),
+            torch.randint(SEEDS, (self.syn_steps,), generator=generator).tolist(),
+            self.augment,
+            bool(active_dropout(match.net)),
+        )
+        inputs = {k: v for k, v in state.items() if k in ("images", "logits")}
+        return unrolled_gradient(
+            lambda params, i, x: inner.loss(params, i, x, labels),
+            space.unflatten(theta0),
+            distance_to(space.unflatten(target), gap),
+            inputs,
+            tensor_of(state, "lr"),
+            self.syn_steps,
+            self.unroll,
+            state_store=self.state_store,
+        )
+
+    def _descend(self, state: State, name: str, grad: Tensor, lr: float) -> None:
+        """One step of SGD with momentum, as ``torch.optim.SGD`` makes it."""
+        velocity = tensor_of(state, f"{name}_velocity").mul_(self.momentum).add_(grad)
+        tensor_of(state, name).sub_(velocity, alpha=lr)
+
+    @torch.no_grad()
+    def teacher_labels(self, job: Job, images: Tensor, target: Tensor) -> Tensor:
+        """Probabilities (n, classes) that an expert with parameters ``target`` (P,) gives the plain images."""
+        match = _match(job)
+        match.net.train(has_batchnorm(match.net))  # batch statistics where there are no running ones to use
+        try:
+            logits = [
+                caller(match.net)(match.space.unflatten(target), part) for part in torch.split(images, 500)
+            ]
+        finally:
+            match.net.train()
+        return torch.cat(logits).softmax(1)
+
+    def images_of(self, job: Job, state: State) -> Tensor:
+        """The averaged images where there is averaging."""
+        return tensor_of(state, "ema" if self.ema_decay else "images")
+
+    def labels_of(self, job: Job, state: State) -> Tensor:
+        """Learned or assigned probabilities, or the hard labels."""
+        if self.lr_label is not None:
+            return tensor_of(state, "logits").softmax(1)
+        return tensor_of(state, "labels") if "labels" in state else job.labels
+
+    def lr_of(self, job: Job, state: State) -> float | None:
+        """The learned inner rate."""
+        return float(tensor_of(state, "lr"))
+
+    def _result(self, job: Job, state: State) -> SyntheticDataset:
+        result = super()._result(job, state)
+        plain = unstandardise(tensor_of(state, "images"), job.mean, job.std)
+        self._raw = replace(result, images=plain.detach().cpu().clone())
+        return result
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+def _match(job: Job) -> MatchJob:
+    assert isinstance(job, MatchJob)
+    return job
 
 
-@contextmanager
-def _collecting(module: nn.Module) -> Iterator[None]:
-    """Let the layers with running statistics replace them by those of the next batch."""
-    layers = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    before = [m.momentum for m in layers]
-    try:
-        for m in layers:
-            m.train()
-            m.momentum = 1.0
-        yield
-    finally:
-        for m, momentum in zip(layers, before, strict=True):
-            m.eval()
-            m.momentum = momentum
+def tensor_of(state: State, name: str) -> Tensor:
+    """A tensor of the state."""
+    found = state[name]
+    assert isinstance(found, Tensor)
+    return found
 
 
-@contextmanager
-def _dropout_seeded(module: nn.Module, seed: int) -> Iterator[None]:
-    """Dropout draws from the global generator: seed it for the block, where there is any."""
-    if not active_dropout(module):
-        yield
-        return
-    with seeded(seed):
-        yield
+def generator_of(state: State) -> torch.Generator:
+    """The state's generator."""
+    found = state["generator"]
+    assert isinstance(found, torch.Generator)
+    return found
+
+
+def match_trajectories(
+    buffer: TrajectoryBuffer | str | Path,
+    dataset: Any,
+    network: Network,
+    ipc: int = 10,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Any = None,
+    **options: Any,
+) -> SyntheticDataset:
+    """Learn ``ipc`` images a class whose training follows the experts' trajectories.
+
+    Args:
+        buffer: experts of :func:`gradmatch.data.train_experts`, or the folder they were written to.
+        dataset: the data they were trained on.
+        network: their architecture.
+        options: those of :class:`TrajectoryMatcher` (``steps``, ``syn_steps``, ``unroll``, ``soft_labels``,
+            ``ema_decay`` and so on).
+        out, resume, progress: as for ``TrajectoryMatcher.distill``.
+    """
+    matcher = TrajectoryMatcher(per_class=ipc, **options)
+    return matcher.distill(dataset, network, buffer=buffer, out=out, resume=resume, progress=progress)
