@@ -34,7 +34,7 @@ from gradmatch.core.distance import DISTANCES
 from gradmatch.core.networks import Network, build, has_batchnorm
 from gradmatch.core.ntk import empirical_ntk, kernel_distance
 from gradmatch.data._common import Distiller, Job, State, SyntheticDataset, standardise
-from gradmatch.data._matching import Learner, Tensors
+from gradmatch.data._gradient_matching import Learner, Tensors
 
 __all__ = ["DCC", "METHODS", "LoopCounts", "condense", "kernel_velocity", "loops"]
 
