@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradmatch.catalog import VERDICTS
 from gradmatch.core import checks
 from gradmatch.core.cpu import keep_freed_memory
 from gradmatch.core.examples import Examples
 from gradmatch.core.store import read_json, write_bytes, write_json
 
-VERDICTS = ("holds", "holds in part", "does not hold")
 BUDGETS = ("small", "full")
 _REPORTED = ("gradmatch", "torch", "numpy", "scipy", "scikit-learn")
 
