@@ -10,7 +10,6 @@ import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +78,20 @@ class System:
         }
 
 
-@cache
-def systems() -> tuple[System, ...]:
-    """All rows, family by family.
-
-    >>> len(systems())
-    66
-    """
+def _table() -> Iterator[System]:
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    return tuple(
-        System(slug=slug, family=family, **row)
-        for family, rows in table.items()
-        for slug, row in rows.items()
-    )
+    for family, rows in table.items():
+        for slug, row in rows.items():
+            yield System(slug=slug, family=family, **row)
+
+
+SYSTEMS = tuple(_table())
+"""All rows, family by family."""
 
 
 def families() -> tuple[str, ...]:
     """The families in the order of the catalog."""
-    return tuple(dict.fromkeys(s.family for s in systems()))
+    return tuple(dict.fromkeys(s.family for s in SYSTEMS))
 
 
 def find(slug: str) -> System:
@@ -107,10 +102,10 @@ def find(slug: str) -> System:
     """
     import difflib
 
-    for system in systems():
+    for system in SYSTEMS:
         if system.slug == slug.lower():
             return system
-    near = difflib.get_close_matches(slug.lower(), [s.slug for s in systems()], n=3)
+    near = difflib.get_close_matches(slug.lower(), [s.slug for s in SYSTEMS], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "'gradmatch list' shows all."
     return checks.refuse(f"SLUG is {slug!r}, which is no system of the catalog; {hint}")
 
