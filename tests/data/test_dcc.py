@@ -244,7 +244,7 @@ def test_a_whole_run_equals_the_loop_written_out(method: str) -> None:
         loss.backward()
         optimizer.step()
         figures = got.step(job, state, k)
-        assert figures["loss"] == pytest.approx(float(loss), rel=1e-9)
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-9)
         torch.testing.assert_close(state["images"], images.detach(), rtol=1e-9, atol=1e-12)
         if k % inner < inner - 1 and k < 4:
             for _ in range(epochs):
