@@ -103,6 +103,8 @@ class Result:
     higher_is_better: bool = True
     links: dict[str, str] = field(default_factory=dict)
     pictures: tuple[tuple[str, bytes], ...] = ()
+    seconds: float | None = None
+    """Wall time of the whole, where parts kept from an earlier run were used; default that of this run."""
 
     def __post_init__(self) -> None:
         checks.one_of("verdict", self.verdict, VERDICTS)
@@ -355,7 +357,7 @@ def write_result(result: Result, settings: Settings, seconds: float) -> Path:
             ],
             "budget": settings.budget,
             "seeds": seeds,
-            "wall_seconds": round(seconds, 1),
+            "wall_seconds": round(seconds if result.seconds is None else result.seconds, 1),
             "command": command,
             "versions": _versions(),
             "pictures": [name for name, _ in pictures],
