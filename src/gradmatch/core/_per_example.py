@@ -48,37 +48,58 @@ class Engine:
         self.rest: set[str] = set()
         self.used: set[str] = set()
 
-    def rows(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients [m, numel] by block."""
-        found, rest = self._read(batch, False)
-        return found | self._direct(batch, rest)
+    def rows(self, batch: Batch, out: Mapping[str, Tensor]) -> None:
+        """Write the gradients [m, numel] of every block into ``out``."""
+        rest = list(self.blocks)
+        if self.layerwise:
+            done = self._read(batch)
+            for name, uses in done.uses.items():
+                if uses:
+                    _reading.rows(uses, out[name])
+                else:
+                    out[name].zero_()
+            squares = {k: out[k].square().sum(1) for k in done.uses} if self._unproven(batch) else {}
+            rest = done.rest if self._settle(batch, squares, done) else rest
+        for name, value in self.direct(batch, rest).items():
+            out[name].copy_(value)
 
     def norms2(self, batch: Batch) -> dict[str, Tensor]:
         """Squared norms [m] by block."""
-        found, rest = self._read(batch, True)
-        return found | {k: rows.square().sum(1) for k, rows in self._direct(batch, rest).items()}
+        found: dict[str, Tensor] = {}
+        rest = list(self.blocks)
+        if self.layerwise:
+            done = self._read(batch)
+            found = {
+                name: _reading.norms2(uses) if uses else self.blocks[name].new_zeros(batch.size)
+                for name, uses in done.uses.items()
+            }
+            rest = done.rest if self._settle(batch, found, done) else rest
+        return found | {k: rows.square().sum(1) for k, rows in self.direct(batch, rest).items()}
 
-    def _read(self, batch: Batch, norms: bool) -> tuple[dict[str, Tensor], list[str]]:
-        """What the layerwise tier yields for a batch, rows or squared norms, and the blocks it leaves."""
-        if not self.layerwise:
-            return {}, list(self.blocks)
+    def _read(self, batch: Batch) -> _layerwise.Pass:
         done = _layerwise.run(self.problem, self.blocks, batch)
-        found = {}
-        for name, uses in done.uses.items():
-            shape = (batch.size,) if norms else (batch.size, self.blocks[name].numel())
-            read = _reading.norms2 if norms else _reading.rows
-            found[name] = read(uses) if uses else self.blocks[name].new_zeros(shape)
-        if not self.checked and batch.size > 1 and any(done.uses.values()):
-            self.checked = True
-            squares = found if norms else {k: v.square().sum(1) for k, v in found.items()}
-            if not self._agrees(squares, batch):
-                self.layerwise = False
-                return self._read(batch, norms)
         if self.strict == "layerwise" and done.rest:
             raise InputError(f'tier is "layerwise"; {listing(done.rest)} cannot be read so, use "auto".')
-        self.used |= {"layerwise"} if found else set()
+        return done
+
+    def _unproven(self, batch: Batch) -> bool:
+        """Whether the layerwise tier has still to prove itself, and can on this batch."""
+        return not self.checked and batch.size > 1
+
+    def _settle(self, batch: Batch, squares: Mapping[str, Tensor], done: _layerwise.Pass) -> bool:
+        """Whether what was read off the batch may be kept; if not, this tier is given up for good."""
+        if squares and self._unproven(batch):
+            self.checked = True
+            if not self._agrees(squares, batch):
+                if self.strict == "layerwise":
+                    raise InputError(
+                        'tier is "layerwise"; the first dimension inside the model is not the example.'
+                    )
+                self.layerwise = False
+                return False
+        self.used |= {"layerwise"} if done.uses else set()
         self.rest |= set(done.rest)
-        return found, done.rest
+        return True
 
     def _agrees(self, squares: Mapping[str, Tensor], batch: Batch) -> bool:
         """Compare the example with the largest gradient with a pass of its own.
@@ -97,8 +118,9 @@ class Engine:
         floor = 1e-4 * slack * max(exact)
         return all(abs(r - e) <= slack * e + floor for r, e in zip(read, exact, strict=True))
 
-    def _direct(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
-        """Gradients [m, numel] of some blocks, by vmap or else one by one."""
+    def direct(self, batch: Batch, names: list[str] | None = None) -> dict[str, Tensor]:
+        """Gradients [m, numel] of some blocks (None: all), by vmap or else one by one."""
+        names = list(self.blocks) if names is None else names
         if not names:
             return {}
         wrt = {k: self.blocks[k] for k in names}

@@ -12,12 +12,13 @@ from gradmatch.core._layerwise import BATCH_NORMS, INSTANCE_NORMS, Call, Uses, i
 _BUDGET = 2**24  # numbers held at once in unfolded inputs or products: 64 MiB in float32
 
 
-def rows(uses: Uses) -> Tensor:
-    """Each example's gradient [m, numel] of the parameter that ``uses`` (at least one) describes."""
-    total = _rows(*uses[0])
+def rows(uses: Uses, out: Tensor) -> None:
+    """Write each example's gradient [m, numel] of the parameter that ``uses`` (at least one) describes."""
+    _write_rows(*uses[0], out)
     for call, local in uses[1:]:
-        total = total + _rows(call, local)
-    return total
+        more = torch.empty_like(out)
+        _write_rows(call, local, more)
+        out += more
 
 
 def norms2(uses: Uses) -> Tensor:
@@ -29,19 +30,34 @@ def norms2(uses: Uses) -> Tensor:
     if families == ["embedding", "linear"] and not is_transposed_linear(calls[1].module):
         parts = _weight_norms2(calls[0]) + _weight_norms2(calls[1]) + 2 * _tied_product(*calls)
         return parts.clamp(min=0)
-    return rows(uses).square().sum(1)
+    call, local = uses[0]
+    total = call.delta.new_empty(len(call.x), call.module.get_parameter(local).numel())
+    rows(uses, total)
+    return total.square().sum(1)
 
 
-def _rows(call: Call, local: str) -> Tensor:
+def _write_rows(call: Call, local: str, out: Tensor) -> None:
     if call.family == "embedding":
-        return _embedding_rows(call)
-    if call.family in ("linear", "conv"):
-        if local == "weight":
-            return torch.cat([_weight_rows(call, part) for part in _steps(call, formed=True)])
+        example, token, sums = _token_sums(call)
+        out.zero_().unflatten(1, (-1, sums.shape[1])).index_put_((example, token), sums.to(out.dtype))
+    elif call.family in ("linear", "conv") and local == "weight":
+        _write_weight_rows(call, out)
+    elif call.family in ("linear", "conv"):
         delta = call.delta.flatten(2) if call.family == "conv" else _sequence(call.delta).mT
-        return delta.sum(2)
-    x, delta = _entrywise(call, call.x if local == "bias" else _normalised(call))
-    return delta.sum(2) if local == "bias" else (x * delta).sum(2)
+        out.copy_(delta.sum(2))
+    else:
+        x, delta = _entrywise(call, call.x if local == "bias" else _normalised(call))
+        out.copy_(delta.sum(2) if local == "bias" else (x * delta).sum(2))
+
+
+def _write_weight_rows(call: Call, out: Tensor) -> None:
+    if call.family == "linear" and _sizes(call)[3] == 1:  # written in place: fresh memory would cost the most
+        a, d = _sequence(call.x)[:, 0], _sequence(call.delta)[:, 0]
+        a, d = (d, a) if is_transposed_linear(call.module) else (a, d)
+        torch.mul(d[:, :, None], a[:, None], out=out.unflatten(1, (d.shape[1], a.shape[1])))
+        return
+    for part in _steps(call, formed=True):
+        out[part] = _weight_rows(call, part)
 
 
 # --- layers that multiply ----------------------------------------------------------------------------------
@@ -164,13 +180,6 @@ def _token_sums(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     pairs, place = torch.unique(keys.flatten(), return_inverse=True)
     sums = delta.new_zeros(len(pairs), delta.shape[2]).index_add_(0, place, delta.flatten(0, 1))
     return pairs // count, pairs % count, sums
-
-
-def _embedding_rows(call: Call) -> Tensor:
-    assert isinstance(call.module, nn.Embedding)
-    example, token, sums = _token_sums(call)
-    found = sums.new_zeros(len(call.x), call.module.num_embeddings, sums.shape[1])
-    return found.index_put_((example, token), sums).flatten(1)
 
 
 def _tied_product(embedding: Call, linear: Call) -> Tensor:

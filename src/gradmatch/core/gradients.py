@@ -12,7 +12,7 @@ require grad and to inputs that do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -121,14 +121,13 @@ def per_example_gradients(
     >>> per_example_gradients(problem).shape
     torch.Size([5, 8])
     """
-    parts = iter_per_example_gradients(problem, params, chunk, differentiable, tier)
+    one_of("tier", tier, TIERS)
     if differentiable:
+        parts = iter_per_example_gradients(problem, params, chunk, differentiable, tier)
         return torch.cat([rows for _, rows in parts])
-    result = torch.empty(
-        problem.n, problem.space.size, dtype=problem.space.dtype, device=problem.space.device
-    )
-    for part, rows in parts:
-        result[part.start : part.start + len(rows)] = rows
+    result = _block(problem, problem.n)
+    for _ in _pieces(problem, params, chunk, tier, lambda part: result[part.start : part.start + part.size]):
+        pass
     return result
 
 
@@ -141,17 +140,60 @@ def iter_per_example_gradients(
 ) -> Iterator[tuple[Batch, Float[Tensor, "m P"]]]:
     """The same in pieces of at most ``chunk`` examples, each with its batch, so that [n, P] is never held."""
     one_of("tier", tier, TIERS)
-    refuse_coupled(problem)
     require(not (differentiable and tier == "layerwise"), 'tier is "layerwise"; differentiable needs "vmap".')
+    if not differentiable:
+        return _pieces(problem, params, chunk, tier, lambda part: _block(problem, part.size))
+    return _differentiable_pieces(problem, params, chunk, tier)
+
+
+def _block(problem: Problem, m: int) -> Tensor:
+    return torch.empty(m, problem.space.size, dtype=problem.space.dtype, device=problem.space.device)
+
+
+def _scratch(problem: Problem) -> Callable[[Batch], Tensor]:
+    """One block written over by every piece: memory touched before costs an eighth of fresh memory."""
+    block = _block(problem, 0)
+
+    def place(part: Batch) -> Tensor:
+        nonlocal block
+        block = block if len(block) >= part.size else _block(problem, part.size)
+        return block[: part.size]
+
+    return place
+
+
+def _pieces(
+    problem: Problem,
+    params: ParamValues | None,
+    chunk: int | None,
+    tier: Tier,
+    place: Callable[[Batch], Tensor],
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Per-example gradients piece by piece, each written where ``place`` says."""
+    refuse_coupled(problem)
     chunk = max(1, _BUDGET // problem.space.size) if chunk is None else whole("chunk", chunk)
-    engine = Engine(problem, problem.resolve(params, differentiable), differentiable, tier)
-    for batch in problem.batches(differentiable):
+    engine = Engine(problem, problem.resolve(params), False, tier)
+    for batch in problem.batches():
         for part in batch.split(chunk):
-            rows = engine.rows(part)
-            flat = torch.cat([rows[k].to(problem.space.dtype) for k in problem.space.names], dim=1)
-            if not bool(torch.isfinite(flat.detach().sum())):  # one cheap look; the sum alone may overflow
-                finite("per-example gradients", flat)
-            yield part, flat
+            block = place(part)
+            engine.rows(part, {name: block[:, columns] for name, columns in problem.space.slices.items()})
+            if not bool(torch.isfinite(block.sum())):  # one cheap look; the sum alone may overflow
+                finite("per-example gradients", block)
+            yield part, block
+
+
+def _differentiable_pieces(
+    problem: Problem, params: ParamValues | None, chunk: int | None, tier: Tier
+) -> Iterator[tuple[Batch, Tensor]]:
+    refuse_coupled(problem)
+    chunk = max(1, _BUDGET // problem.space.size) if chunk is None else whole("chunk", chunk)
+    engine = Engine(problem, problem.resolve(params, differentiable=True), True, tier)
+    for batch in problem.batches(differentiable=True):
+        for part in batch.split(chunk):
+            rows = engine.direct(part)
+            block = torch.cat([rows[k].to(problem.space.dtype) for k in problem.space.names], dim=1)
+            finite("per-example gradients", block.detach())
+            yield part, block
 
 
 # --- norms and moments -------------------------------------------------------------------------------------
@@ -234,7 +276,7 @@ def diagonal_moments(
     """First and second moment sums of every gradient entry over the examples; squares are taken per example."""
     total = torch.zeros(problem.space.size, dtype=torch.float64, device=problem.space.device)
     square = torch.zeros_like(total)
-    for _, rows in iter_per_example_gradients(problem, params, chunk):
+    for _, rows in _pieces(problem, params, chunk, "auto", _scratch(problem)):
         total += rows.sum(0, dtype=torch.float64)
         square += rows.square().sum(0, dtype=torch.float64)
     return Moments(problem.n, total, square)
@@ -250,6 +292,6 @@ def gradient_stats(
         return GradStats(problem.space).update_sums(problem.n, mean * problem.n, squares)
     count = 1 if problem.groups is None else int(problem.groups.max()) + 1
     stats = GradStats(problem.space, count, second)
-    for part, rows in iter_per_example_gradients(problem, params, chunk):
+    for part, rows in _pieces(problem, params, chunk, "auto", _scratch(problem)):
         stats.update(rows, part.groups)
     return stats
