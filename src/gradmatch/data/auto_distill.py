@@ -15,28 +15,21 @@ The pool's rate is four times the evaluator's, for a quarter of its steps: the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from gradmatch.core import checks
 from gradmatch.core.examples import Examples, as_examples
-from gradmatch.core.networks import Network, active_dropout, build
+from gradmatch.core.networks import Network, build
 from gradmatch.core.unroll import unrolled_gradient
+from gradmatch.data._auto_parts import FeatureNet, Parameters, best_scale, centroids, narrow_convnet, tensor
 from gradmatch.data._common import Distiller, Job, Progress, State, SyntheticDataset
-
-Parameters = dict[str, Tensor]
-COARSE = 4  # evaluator steps that one step of the pool stands for
-EVALUATOR_LR, EVALUATOR_FEATURES = (
-    0.01,
-    2048,
-)  # the published evaluator: ConvNet-3 of width 128 on 28x28 images
 
 
 @dataclass(frozen=True)
@@ -48,31 +41,6 @@ class Preset:
 
 
 PRESETS = {"demo": Preset((600, 0), (250, 0)), "full": Preset((3000, 1000), (4500, 0))}
-
-
-def narrow_convnet(channels: int, size: int, classes: int, width: int = 32) -> Callable[[], nn.Module]:
-    """Factory of the published ConvNet at an eighth of its cost or less: up to three blocks, instance norm, 2x2 means.
-
-    Args:
-        channels, size: of the (square) images; 28 is padded to 32 by the first layer.
-        classes: outputs.
-        width: channels of every block; the published evaluator has 128.
-    """
-
-    def make() -> nn.Module:
-        layers: list[nn.Module] = []
-        side, before = size, channels
-        for block in range(3):
-            padding = 3 if block == 0 and size == 28 else 1
-            side = side + 2 * padding - 2
-            layers += [nn.Conv2d(before, width, 3, padding=padding, bias=False), nn.GroupNorm(width, width)]
-            layers += [nn.ReLU(), nn.AvgPool2d(2)]
-            before, side = width, side // 2
-            if side < 4:
-                break
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, classes))
-
-    return make
 
 
 class AutoDistill(Distiller):
@@ -87,8 +55,7 @@ class AutoDistill(Distiller):
             (start from the smooth ones, learned in the second phase); default "hard" for one image per class, else
             "smooth".
         smoothing: in [0, 1); default 0.5, chosen on a hold-out of Fashion-MNIST's training images.
-        ridge: lambda as a part of the kernel's mean diagonal; default 0.01 at one image per class, else 0.1 (the same
-            hold-out).
+        ridge: lambda as a part of the kernel's mean diagonal; default 0.1 (the same hold-out).
         image_lr, refine_lr, label_lr: Adam's rates for the images in the two phases and for the labels in the second;
             each falls to a thirtieth over the second half of its phase.
         average: factor of the running mean of the images that is given back.
@@ -110,7 +77,7 @@ class AutoDistill(Distiller):
         refine_steps: int | None = None,
         labels: str | None = None,
         smoothing: float = 0.5,
-        ridge: float | None = None,
+        ridge: float = 0.1,
         image_lr: float = 0.02,
         refine_lr: float = 0.005,
         label_lr: float = 0.01,
@@ -141,9 +108,7 @@ class AutoDistill(Distiller):
         default = "hard" if self.per_class == 1 else "smooth"
         self.labels = checks.one_of("labels", labels or default, ("hard", "smooth", "learned"))
         self.smoothing = checks.fraction("smoothing", smoothing, zero=True, one=False)
-        self.ridge = checks.positive(
-            "ridge", (0.01 if self.per_class == 1 else 0.1) if ridge is None else ridge
-        )
+        self.ridge = checks.positive("ridge", ridge)
         self.image_lr = checks.positive("image_lr", image_lr)
         self.refine_lr = checks.positive("refine_lr", refine_lr)
         self.label_lr = checks.positive("label_lr", label_lr)
@@ -153,7 +118,7 @@ class AutoDistill(Distiller):
         self.rate = None if rate is None else checks.positive("rate", rate)
         self.window = checks.whole("window", window, most=self.age)
         self.batch_size = checks.whole("batch_size", batch_size)
-        self._net: tuple[Job, _Net] | None = None
+        self._net: tuple[Job, FeatureNet] | None = None
 
     def distill(
         self,
@@ -207,7 +172,7 @@ class AutoDistill(Distiller):
         }
         state |= {"mean_logits": soft.clone(), "ages": torch.zeros(self.pool, dtype=torch.long)}
         for name in ("images", "logits"):
-            state |= {f"{m}:{name}": torch.zeros_like(_tensor(state, name)) for m in "mv"}
+            state |= {f"{m}:{name}": torch.zeros_like(tensor(state, name)) for m in "mv"}
         for i in range(self.pool):
             self._fresh(job, net, state, i)
             for _ in range(i * self.age // self.pool):
@@ -225,34 +190,34 @@ class AutoDistill(Distiller):
 
     # ------------------------------------------------------------------ the pool
 
-    def _net_of(self, job: Job) -> _Net:
+    def _net_of(self, job: Job) -> FeatureNet:
         if self._net is None or self._net[0] is not job:
-            self._net = (job, _Net(build(job.network, self.seed, job.device), job.images, self.rate))
+            self._net = (job, FeatureNet(build(job.network, self.seed, job.device), job.images, self.rate))
         return self._net[1]
 
-    def _fresh(self, job: Job, net: _Net, state: State, i: int) -> None:
+    def _fresh(self, job: Job, net: FeatureNet, state: State, i: int) -> None:
         seed = int(torch.randint(2**62, (), generator=_generator(state)))
         for name, value in build(job.network, seed, job.device).named_parameters():
             state[f"net{i}:{name}"] = value.detach().clone()
             state[f"speed{i}:{name}"] = torch.zeros_like(value)
-        _tensor(state, "ages")[i] = 0
+        tensor(state, "ages")[i] = 0
 
-    def _train(self, job: Job, net: _Net, state: State, i: int) -> None:
+    def _train(self, job: Job, net: FeatureNet, state: State, i: int) -> None:
         """One step of network ``i`` on the synthetic set, as the evaluator would take it."""
-        images, labels = _tensor(state, "images"), self._probabilities(job, _tensor(state, "logits"))
+        images, labels = tensor(state, "images"), self._probabilities(job, tensor(state, "logits"))
         weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
         loss = cross_entropy(net(weights, images)[0], labels)
         self._move(
             net, state, i, dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         )
 
-    def _move(self, net: _Net, state: State, i: int, gradient: Parameters) -> None:
+    def _move(self, net: FeatureNet, state: State, i: int, gradient: Parameters) -> None:
         with torch.no_grad():
             for name, g in gradient.items():
-                weight, speed = _tensor(state, f"net{i}:{name}"), _tensor(state, f"speed{i}:{name}")
+                weight, speed = tensor(state, f"net{i}:{name}"), tensor(state, f"speed{i}:{name}")
                 speed = 0.9 * speed + g + 5e-4 * weight
                 state[f"speed{i}:{name}"], state[f"net{i}:{name}"] = speed, weight - net.rate * speed
-        _tensor(state, "ages")[i] += 1
+        tensor(state, "ages")[i] += 1
 
     # ------------------------------------------------------------------ the steps
 
@@ -265,7 +230,7 @@ class AutoDistill(Distiller):
         )
         refining = k >= self.ridge_steps
         span = self.window if refining else 1
-        if int(_tensor(state, "ages")[i]) + span > self.age:
+        if int(tensor(state, "ages")[i]) + span > self.age:
             self._fresh(job, net, state, i)
         loss = self._refine(job, net, state, i, real) if refining else self._regress(job, net, state, i, real)
         first, count = (self.ridge_steps, self.refine_steps) if refining else (0, self.ridge_steps)
@@ -275,13 +240,13 @@ class AutoDistill(Distiller):
             self._descend(state, "logits", fade * self.label_lr, k - first)
         keep = min(self.average, k / (k + 10))
         for name, mean in (("images", "mean"), ("logits", "mean_logits")):
-            state[mean] = _tensor(state, mean).lerp(_tensor(state, name), 1 - keep)
+            state[mean] = tensor(state, mean).lerp(tensor(state, name), 1 - keep)
         return {"loss": loss}
 
-    def _regress(self, job: Job, net: _Net, state: State, i: int, real: Examples) -> float:
+    def _regress(self, job: Job, net: FeatureNet, state: State, i: int, real: Examples) -> float:
         """Ridge regression from the synthetic to the real features; the same forward pass also trains the network."""
         weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
-        images = _tensor(state, "images").detach().requires_grad_()
+        images = tensor(state, "images").detach().requires_grad_()
         with torch.no_grad():
             f_real = net(weights, real.x)[1]
         logits, features = net(weights, images)
@@ -289,7 +254,7 @@ class AutoDistill(Distiller):
         loss = self._ridge_loss(job, leaf, f_real, real.y)
         pull = torch.autograd.grad(loss, leaf)[0]
         state["grad:images"] = torch.autograd.grad(features, images, pull, retain_graph=True)[0]
-        inner = cross_entropy(logits, self._probabilities(job, _tensor(state, "logits")))
+        inner = cross_entropy(logits, self._probabilities(job, tensor(state, "logits")))
         self._move(
             net, state, i, dict(zip(weights, torch.autograd.grad(inner, list(weights.values())), strict=True))
         )
@@ -303,11 +268,12 @@ class AutoDistill(Distiller):
         scale = kernel.detach().diagonal().mean().clamp_min(1e-12)
         damping = self.ridge * scale * torch.eye(len(kernel)).to(kernel)
         fitted = f_real @ (features.T @ torch.linalg.solve(kernel + damping, targets))
-        return (fitted - one_hot(y_real, classes).to(fitted) + 1 / classes).square().mean()
+        error: Tensor = fitted - one_hot(y_real, classes).to(fitted) + 1 / classes
+        return error.square().mean()
 
-    def _refine(self, job: Job, net: _Net, state: State, i: int, real: Examples) -> float:
+    def _refine(self, job: Job, net: FeatureNet, state: State, i: int, real: Examples) -> float:
         """The real loss after a window of the network's own training, through that training."""
-        inputs = {"images": _tensor(state, "images"), "logits": _tensor(state, "logits")}
+        inputs = {"images": tensor(state, "images"), "logits": tensor(state, "logits")}
 
         def step_loss(theta: Parameters, _: int, x: Parameters) -> Tensor:
             return cross_entropy(net(theta, x["images"])[0], self._probabilities(job, x["logits"]))
@@ -329,84 +295,23 @@ class AutoDistill(Distiller):
         )
         for name, weight in out.theta.items():
             state[f"net{i}:{name}"], state[f"speed{i}:{name}"] = weight, out.velocity[name]
-        _tensor(state, "ages")[i] += self.window
+        tensor(state, "ages")[i] += self.window
         state["grad:images"], state["grad:logits"] = out.grads["images"], out.grads["logits"]
         return float(out.loss)
 
     def _descend(self, state: State, name: str, rate: float, k: int) -> None:
         """Adam with betas (0.9, 0.99); its moments start anew with each phase, whose gradients differ in size."""
-        g, alive = _tensor(state, f"grad:{name}"), float(k > 0)
-        m = state[f"m:{name}"] = alive * 0.9 * _tensor(state, f"m:{name}") + 0.1 * g
-        v = state[f"v:{name}"] = alive * 0.99 * _tensor(state, f"v:{name}") + 0.01 * g.square()
+        g, alive = tensor(state, f"grad:{name}"), float(k > 0)
+        m = state[f"m:{name}"] = alive * 0.9 * tensor(state, f"m:{name}") + 0.1 * g
+        v = state[f"v:{name}"] = alive * 0.99 * tensor(state, f"v:{name}") + 0.01 * g.square()
         m, v = m / (1 - 0.9 ** (k + 1)), v / (1 - 0.99 ** (k + 1))
-        state[name] = _tensor(state, name) - rate * m / (v.sqrt() + 1e-8)
+        state[name] = tensor(state, name) - rate * m / (v.sqrt() + 1e-8)
 
     def images_of(self, job: Job, state: State) -> Tensor:
-        return _tensor(state, "mean")
+        return tensor(state, "mean")
 
     def labels_of(self, job: Job, state: State) -> Tensor:
-        return (
-            job.labels if self.labels == "hard" else self._probabilities(job, _tensor(state, "mean_logits"))
-        )
-
-
-def centroids(x: Tensor, k: int, generator: torch.Generator, rounds: int = 15) -> Tensor:
-    """(k, ...) means of k-means clusters of ``x`` (n, ...); an empty cluster keeps its centre."""
-    flat = x.flatten(1)
-    centres = flat[torch.randperm(len(flat), generator=generator)[:k].to(flat.device)].clone()
-    for _ in range(1 if k == 1 else rounds):
-        nearest = (centres.square().sum(1) - 2 * flat @ centres.T).argmin(1)
-        counts = torch.bincount(nearest, minlength=k)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, flat)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-    return centres.reshape(k, *x.shape[1:])
-
-
-def best_scale(logits: Tensor, y: Tensor, rounds: int = 12) -> Tensor:
-    """The positive factor that makes ``cross_entropy(factor * logits, y)`` least (damped Newton on its logarithm).
-
-    Scaling all logits changes no prediction, so the second phase should not be paid for it.
-    """
-    true = logits.gather(1, y[:, None])[:, 0]
-    log = torch.zeros((), dtype=logits.dtype, device=logits.device)
-    for _ in range(rounds):
-        p = (log.exp() * logits).softmax(1)
-        mean = (p * logits).sum(1)
-        slope = log.exp() * (mean - true).mean()
-        bend = log.exp() ** 2 * ((p * logits.square()).sum(1) - mean.square()).mean() + slope.abs()
-        log = log - (slope / (bend + 1e-8)).clamp(-1, 1)
-    return log.clamp(-3, 6).exp()
-
-
-class _Net:
-    """A network as a function of its parameters, giving its logits and the input of its last linear layer."""
-
-    def __init__(self, module: nn.Module, x: Tensor, rate: float | None) -> None:
-        linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
-        checks.require(bool(linear), "network has no nn.Linear; its last layer must be one.")
-        checks.require(
-            not active_dropout(module), "network has active dropout; build it without, or in eval mode."
-        )
-        self.module, self.caught = module, x
-        self.width = linear[-1].in_features
-        self.rate = rate or COARSE * EVALUATOR_LR * min(4.0, EVALUATOR_FEATURES / self.width)
-        linear[-1].register_forward_pre_hook(self._catch)
-
-    def _catch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.caught = inputs[0]
-
-    def parameters(self, state: State, i: int, kind: str = "net") -> Parameters:
-        return {name: _tensor(state, f"{kind}{i}:{name}") for name, _ in self.module.named_parameters()}
-
-    def __call__(self, weights: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits: Tensor = functional_call(self.module, weights, (x,))
-        return logits, self.caught
-
-
-def _tensor(state: State, name: str) -> Tensor:
-    value = state[name]
-    assert isinstance(value, Tensor)
-    return value
+        return job.labels if self.labels == "hard" else self._probabilities(job, tensor(state, "mean_logits"))
 
 
 def _generator(state: State) -> torch.Generator:
