@@ -1,0 +1,9 @@
+"""The results as a static site and as the README's table; both are made from ``results/*.json`` alone."""
+
+from __future__ import annotations
+
+from gradmatch.board._links import broken_links
+from gradmatch.board._readme import readme_section, update_readme
+from gradmatch.board._site import build
+
+__all__ = ["broken_links", "build", "readme_section", "update_readme"]

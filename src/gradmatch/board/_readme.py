@@ -1,0 +1,69 @@
+"""The README's part that comes from results: the table of what is built, and what is not yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradmatch import catalog
+from gradmatch.board._site import measured
+from gradmatch.core import checks
+from gradmatch.core.store import write_bytes
+
+BEGIN, END = "<!-- results: begin (gradmatch board --readme README.md) -->", "<!-- results: end -->"
+TABLE = "fashion-mnist-table"
+
+
+def update_readme(readme: str | Path, results: str | Path | None = None) -> bool:
+    """Write the section between the markers anew; says whether anything changed.
+
+    Raises:
+        InputError: the file is missing or lacks the two markers.
+    """
+    path = Path(readme)
+    checks.require(path.is_file(), f"--readme is {str(path)!r}, which is no file.")
+    before = path.read_text(encoding="utf-8")
+    checks.require(
+        before.count(BEGIN) == 1 and before.count(END) == 1 and before.index(BEGIN) < before.index(END),
+        f"{path} needs the line {BEGIN!r} once and {END!r} once after it.",
+    )
+    head, rest = before.split(BEGIN)
+    after = head + BEGIN + "\n" + readme_section(results) + END + rest.split(END)[1]
+    if after != before:
+        write_bytes(path, after.encode())
+    return after != before
+
+
+def readme_section(results: str | Path | None = None) -> str:
+    """Markdown: built systems with their verdicts, the Fashion-MNIST table, and the systems not built yet."""
+    found = catalog.results(results)
+    built = [s for s in catalog.SYSTEMS if s.built]
+    lines = ["", "| system | the paper's claim | here it | because |", "|---|---|---|---|"]
+    for s in built:
+        result = found.get(s.slug)
+        verdict = catalog.verdict(s, found)
+        shown = f"[**{verdict}**](results/{s.slug}.json)" if result else verdict
+        reason = _cell(result["reason"]) if result else f"run `gradmatch evidence {s.slug}`"
+        lines.append(f"| [{s.slug}](docs/systems/{s.slug}.md) | {_cell(s.claim)} | {shown} | {reason} |")
+    if TABLE in found:
+        lines += ["", *_table(found[TABLE])]
+    waiting = [s for s in catalog.SYSTEMS if not s.built]
+    if waiting:
+        lines += ["", f"**{len(waiting)} of the {len(catalog.SYSTEMS)} systems are not built yet:**"]
+        for family in catalog.families():
+            slugs = [s.slug for s in waiting if s.family == family]
+            lines += [
+                f"{family} ({', '.join(slugs)})" + ("," if family != waiting[-1].family else ".")
+            ] * bool(slugs)
+    return "\n".join([*lines, "", ""])
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['title']} ({result['metric']}; {result['verdict']}: {_cell(result['reason'])})", ""]
+    lines += ["| method | measured | cost |", "|---|---|---|"]
+    return lines + [f"| {_cell(r['method'])} | {measured(r)} | {_cell(r['cost'])} |" for r in result["rows"]]
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,164 @@
+"""The site and the README's table: made from result files alone, and in step with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gradmatch import board, catalog
+from gradmatch.board import _readme
+from gradmatch.core.checks import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = {
+    "slug": "dcc",
+    "title": "Contrastive <script>alert(1)</script> signals",
+    "claim": "Contrastive beats class-wise.",
+    "rule": "Holds if it does by two standard errors.",
+    "verdict": "holds in part",
+    "reason": "On digits | not on patches.",
+    "metric": "accuracy (%)",
+    "higher_is_better": True,
+    "rows": [
+        {"method": "dcc", "mean": 80.0, "std": 0.512, "values": [79.5, 80.5], "cost": "100 steps"},
+        {"method": "random", "mean": 40.0, "std": 0.0, "values": [40.0], "cost": ""},
+    ],
+    "budget": "small",
+    "seeds": 2,
+    "wall_seconds": 90.0,
+    "command": "gradmatch evidence dcc",
+    "versions": {"torch": "2.13.0"},
+    "pictures": ["dcc.png"],
+    "links": {"page": "https://example.org/x", "bad": "javascript:alert(1)"},
+}
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "dcc.json").write_text(json.dumps(RESULT))
+    (folder / "dcc.png").write_bytes(b"png")
+    table = RESULT | {"slug": "fashion-mnist-table", "title": "Table", "pictures": [], "verdict": "holds"}
+    (folder / "fashion-mnist-table.json").write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture
+def site(results, tmp_path) -> Path:
+    return board.build(results, tmp_path / "site").parent
+
+
+class Links(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [v for k, v in attrs if k in ("href", "src")]
+
+
+def test_the_index_shows_all_systems_with_their_verdicts(site):
+    text = (site / "index.html").read_text()
+    rows = re.findall(r'<tr data-family="(.*?)" data-verdict="(.*?)"', text)
+    assert len(rows) == 66
+    assert ("data", "holds in part") in rows
+    unbuilt = sum(not s.built for s in catalog.SYSTEMS)
+    assert [v for _, v in rows].count("not yet") == unbuilt
+    assert f"{unbuilt} not built yet" in text
+
+
+def test_every_link_and_picture_of_the_site_exists(site):
+    pages = list(site.glob("*.html"))
+    assert len(pages) == 1 + 66 + 1
+    for page in pages:
+        for target in Links(page.read_text()).found:
+            assert target.startswith("https://") or (site / target).is_file(), (page.name, target)
+
+
+def test_a_page_shows_rows_rule_reason_and_command(site):
+    text = (site / "dcc.html").read_text()
+    for part in (
+        "80 ± 0.51",
+        "Holds if it does by two standard errors.",
+        "gradmatch evidence dcc",
+        "100 steps",
+    ):
+        assert part in text
+    assert "40 ±" not in text  # one seed has no deviation
+    assert 'style="--share: 50.0%"' in text
+
+
+def test_result_files_cannot_put_code_into_the_site(site):
+    text = (site / "dcc.html").read_text() + (site / "index.html").read_text()
+    assert "<script>alert" not in text
+    assert "javascript:" not in text
+
+
+def test_an_unbuilt_page_says_so(site):
+    assert "not built yet" in (site / "lion.html").read_text()
+
+
+@pytest.mark.parametrize("picture", ["../secret.png", "missing.png", "dcc.json"])
+def test_pictures_outside_the_folder_are_refused(results, tmp_path, picture):
+    (tmp_path / "secret.png").write_bytes(b"png")
+    (results / "dcc.json").write_text(json.dumps(RESULT | {"pictures": [picture]}))
+    with pytest.raises(InputError, match="names the picture"):
+        board.build(results, tmp_path / "site")
+
+
+def test_a_slug_that_is_a_path_is_refused(results, tmp_path):
+    (results / "dcc.json").write_text(json.dumps(RESULT | {"slug": "../dcc"}))
+    with pytest.raises(InputError, match="is no slug"):
+        board.build(results, tmp_path / "site")
+
+
+def test_the_readme_section_is_rewritten_between_its_markers_only(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"top\n{_readme.BEGIN}\nstale line\n{_readme.END}\nbottom\n")
+    assert board.update_readme(readme, results)
+    text = readme.read_text()
+    assert text.startswith("top\n")
+    assert text.endswith("\nbottom\n")
+    assert "stale line" not in text
+    assert "[**holds in part**](results/dcc.json) | On digits \\| not on patches." in text
+    assert "| dcc | 80 ± 0.51 | 100 steps |" in text
+    assert not board.update_readme(readme, results)
+
+
+def test_a_readme_without_markers_is_refused(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(InputError, match="needs the line"):
+        board.update_readme(readme, tmp_path)
+
+
+def test_the_projects_readme_agrees_with_its_results():
+    text = (ROOT / "README.md").read_text()
+    section = text.split(_readme.BEGIN + "\n")[1].split(_readme.END)[0]
+    assert section == board.readme_section(ROOT / "results"), "run: gradmatch board --readme README.md"
+
+
+def test_the_site_of_the_projects_own_results_builds(tmp_path):
+    assert board.build(ROOT / "results", tmp_path).is_file()
+
+
+def test_broken_links_are_named(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "[b](b.md) [c](<c d.md>) [d](<e f.md>) ![p](no.png) [w](https://x.org/y) [h](#part) [q](b.md#part)\n"
+        "```\n[code](nowhere.md)\n```\n`[also](code.md)`\n"
+    )
+    (tmp_path / "b.md").write_text("[up](../missing.md)")
+    (tmp_path / "c d.md").write_text("")
+    found = board.broken_links([tmp_path])
+    assert [f.split(": ")[1] for f in found] == ["e f.md", "no.png", "../missing.md"]
+    assert board.broken_links([tmp_path / "gone.md"]) == [f"{tmp_path / 'gone.md'}: {tmp_path / 'gone.md'}"]
+
+
+def test_the_projects_own_pages_have_no_broken_links():
+    assert board.broken_links([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs"]) == []
