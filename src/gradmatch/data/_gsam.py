@@ -129,6 +129,7 @@ class GSAM(Optimizer):
         for group in self.param_groups:
             checks.nonnegative("rho", group["rho"])
             checks.nonnegative("alpha", group["alpha"])
+            checks.one_of("adaptive", group["adaptive"], (True, False))
         mine = [p for group in self.param_groups for p in group["params"]]
         base = base_optimizer if isinstance(base_optimizer, Optimizer) else base_optimizer(mine)
         theirs = [p for group in base.param_groups for p in group["params"]]

@@ -55,7 +55,7 @@ class Inner:
     def outputs(self, params: dict[str, Tensor], i: int, x: Tensor) -> Tensor:
         """Student outputs for the whole batch ``x`` of step i."""
         if self.augment is not None:
-            x = self.augment(x, torch.Generator(x.device).manual_seed(self.seeds[i]))
+            x = self.augment(x, torch.Generator().manual_seed(self.seeds[i]))
         with seeded(self.seeds[i] + 1) if self.random_layers else nullcontext():
             return self.net(params, x)
 

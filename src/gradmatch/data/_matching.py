@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmatch.core import checks
-from gradmatch.core._params import ParamSpace
 from gradmatch.core.augment import SiameseAugment
 from gradmatch.core.ensemble import member_seeds
-from gradmatch.core.networks import Network, active_dropout, build, has_batchnorm
+from gradmatch.core.networks import Network, active_dropout, build
 from gradmatch.core.unroll import MODES, STORES, UnrolledGradient, unrolled_gradient
 from gradmatch.data._common import Distiller, Job, State, SyntheticDataset, unstandardise
 from gradmatch.data._inner import (
@@ -33,18 +32,18 @@ from gradmatch.data._inner import (
     require_matchable,
     squared_gap,
 )
+from gradmatch.data._match_state import (
+    MatchJob,
+    descend,
+    generator_of,
+    match_job,
+    require_scaling,
+    teacher_labels,
+    tensor_of,
+)
 from gradmatch.data._trajectories import TrajectoryBuffer, name_of, train_experts
 
 SOFT_LABELS = (False, "teacher", "teacher-init")
-
-
-@dataclass(frozen=True)
-class MatchJob(Job):
-    """A job with the experts and the student they were."""
-
-    buffer: TrajectoryBuffer
-    net: nn.Module
-    space: ParamSpace
 
 
 class TrajectoryMatcher(Distiller):
@@ -139,15 +138,12 @@ class TrajectoryMatcher(Distiller):
 
     def describe(self) -> dict[str, Any]:
         """The options, and how the experts were trained."""
-        found = super().describe() | {"augment": name_of(self.augment), "experts": dict(self.experts)}
+        experts = {k: name_of(v) if callable(v) else v for k, v in self.experts.items()}
+        found = super().describe() | {"augment": name_of(self.augment), "experts": experts}
         if self._buffer is not None:
             first = self._buffer.parts[0]
-            marks = [
-                float(first[0, -1].double().sum()),
-                float(first[-1, 0].double().sum()),
-                len(self._buffer),
-            ]
-            found |= {"experts": self._buffer.meta, "buffer": marks}
+            marks = [float(vector.double().sum()) for vector in (first[0, -1], first[-1, 0])]
+            found |= {"experts": self._buffer.meta, "buffer": [len(self._buffer), *marks]}
         return found
 
     def distill(
@@ -207,7 +203,7 @@ class TrajectoryMatcher(Distiller):
         if buffer is None:
             checks.refuse("there is no buffer of experts yet; call distill, which trains one or takes yours.")
         buffer.require_segments(self.max_start_epoch, self.expert_epochs)
-        self._require_scaling(buffer, base)
+        require_scaling(buffer, base)
         count = base.real.classes * self.per_class
         checks.require(
             self.batch_syn is None or self.batch_syn <= count,
@@ -216,20 +212,6 @@ class TrajectoryMatcher(Distiller):
         net = build(network, self.seed, base.device).to(base.real.x.dtype).train()
         require_matchable(net, self.allow_batchnorm, self.allow_dropout)
         return MatchJob(**vars(base), buffer=buffer, net=net, space=buffer.require_network(net))
-
-    @staticmethod
-    def _require_scaling(buffer: TrajectoryBuffer, base: Job) -> None:
-        """Experts that recorded how their data were standardised must have seen the data of this job."""
-        theirs = [v for key in ("mean", "std") for v in buffer.meta.get(key) or ()]
-        mine = [*(base.mean or ()), *(base.std or ())]
-        same = len(theirs) == len(mine) and all(
-            abs(a - b) <= 1e-3 * abs(b) + 1e-5 for a, b in zip(mine, theirs, strict=True)
-        )
-        checks.require(
-            not theirs or same,
-            f"the buffer's experts saw data standardised by mean and deviation {theirs}, here they are {mine or None}; "
-            "both must be the same data under the same option standardise.",
-        )
 
     def start(self, job: Job) -> State:
         """Images at their initial values, the rate, both velocities, and what the options add."""
@@ -246,8 +228,8 @@ class TrajectoryMatcher(Distiller):
         if self.soft_labels == "teacher-init":
             # the target of the first iteration, whose draw this repeats
             same = generator_of(state).clone_state()
-            target = _match(job).buffer.draw(same, self.max_start_epoch, self.expert_epochs)[3]
-            state["labels"] = self.teacher_labels(job, images, target.to(images))
+            target = match_job(job).buffer.draw(same, self.max_start_epoch, self.expert_epochs)[3]
+            state["labels"] = teacher_labels(match_job(job), images, target.to(images))
         if self.lr_label is not None:
             hard = torch.nn.functional.one_hot(job.labels, job.real.classes).to(images.dtype)
             soft = 0.9 * hard + 0.1 / job.real.classes
@@ -262,10 +244,10 @@ class TrajectoryMatcher(Distiller):
             result = self.gradient(job, state)
         except checks.InputError as error:
             raise checks.InputError(f"iteration {k}: {error}") from error
-        self._descend(state, "images", result.grads["images"], self.lr_img)
-        self._descend(state, "lr", result.lr_grad, self.lr_lr)
+        descend(state, "images", result.grads["images"], self.lr_img, self.momentum)
+        descend(state, "lr", result.lr_grad, self.lr_lr, self.momentum)
         if self.lr_label is not None:
-            self._descend(state, "logits", result.grads["logits"], self.lr_label)
+            descend(state, "logits", result.grads["logits"], self.lr_label, self.momentum)
         if self.ema_decay:
             tensor_of(state, "ema").lerp_(tensor_of(state, "images"), 1 - self.ema_decay)
         rate = float(tensor_of(state, "lr"))
@@ -279,13 +261,13 @@ class TrajectoryMatcher(Distiller):
 
     def gradient(self, job: Job, state: State) -> UnrolledGradient:
         """Matching loss of a freshly drawn segment and its gradients; assigns the labels where a teacher does."""
-        match, generator = _match(job), generator_of(state)
+        match, generator = match_job(job), generator_of(state)
         images, space = tensor_of(state, "images"), match.space
         _, _, theta0, target = match.buffer.draw(generator, self.max_start_epoch, self.expert_epochs)
         theta0, target = theta0.to(images), target.to(images)
         gap = squared_gap(theta0, target)
         if self.soft_labels == "teacher":
-            state["labels"] = self.teacher_labels(match, images, target)
+            state["labels"] = teacher_labels(match, images, target)
         labels = tensor_of(state, "labels") if "labels" in state else match.labels
         inner = Inner(
             caller(match.net),
@@ -306,24 +288,6 @@ class TrajectoryMatcher(Distiller):
             state_store=self.state_store,
         )
 
-    def _descend(self, state: State, name: str, grad: Tensor, lr: float) -> None:
-        """One step of SGD with momentum, as ``torch.optim.SGD`` makes it."""
-        velocity = tensor_of(state, f"{name}_velocity").mul_(self.momentum).add_(grad)
-        tensor_of(state, name).sub_(velocity, alpha=lr)
-
-    @torch.no_grad()
-    def teacher_labels(self, job: Job, images: Tensor, target: Tensor) -> Tensor:
-        """Probabilities (n, classes) that an expert with parameters ``target`` (P,) gives the plain images."""
-        match = _match(job)
-        match.net.train(has_batchnorm(match.net))  # batch statistics where there are no running ones to use
-        try:
-            logits = [
-                caller(match.net)(match.space.unflatten(target), part) for part in torch.split(images, 500)
-            ]
-        finally:
-            match.net.train()
-        return torch.cat(logits).softmax(1)
-
     def images_of(self, job: Job, state: State) -> Tensor:
         """The averaged images where there is averaging."""
         return tensor_of(state, "ema" if self.ema_decay else "images")
@@ -343,47 +307,3 @@ class TrajectoryMatcher(Distiller):
         plain = unstandardise(tensor_of(state, "images"), job.mean, job.std)
         self._raw = replace(result, images=plain.detach().cpu().clone())
         return result
-
-
-def _match(job: Job) -> MatchJob:
-    assert isinstance(job, MatchJob)
-    return job
-
-
-def tensor_of(state: State, name: str) -> Tensor:
-    """A tensor of the state."""
-    found = state[name]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def generator_of(state: State) -> torch.Generator:
-    """The state's generator."""
-    found = state["generator"]
-    assert isinstance(found, torch.Generator)
-    return found
-
-
-def match_trajectories(
-    buffer: TrajectoryBuffer | str | Path,
-    dataset: Any,
-    network: Network,
-    ipc: int = 10,
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    progress: Any = None,
-    **options: Any,
-) -> SyntheticDataset:
-    """Learn ``ipc`` images a class whose training follows the experts' trajectories.
-
-    Args:
-        buffer: experts of :func:`gradmatch.data.train_experts`, or the folder they were written to.
-        dataset: the data they were trained on.
-        network: their architecture.
-        options: those of :class:`TrajectoryMatcher` (``steps``, ``syn_steps``, ``unroll``, ``soft_labels``,
-            ``ema_decay`` and so on).
-        out, resume, progress: as for ``TrajectoryMatcher.distill``.
-    """
-    matcher = TrajectoryMatcher(per_class=ipc, **options)
-    return matcher.distill(dataset, network, buffer=buffer, out=out, resume=resume, progress=progress)

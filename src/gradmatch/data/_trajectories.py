@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core._params import ParamSpace
+from gradmatch.core.augment import SiameseAugment
 from gradmatch.core.ensemble import member_seeds, train_ensemble
 from gradmatch.core.examples import Examples, as_examples
 from gradmatch.core.networks import Network, build
@@ -154,7 +155,7 @@ def train_experts(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     batch_size: int = 256,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    augment: str | Callable[[Tensor, torch.Generator], Tensor] | None = None,
     standardise: bool = True,
     seed: int = 0,
     at_once: int = 10,
@@ -177,7 +178,8 @@ def train_experts(
         rho, alpha, adaptive: of GSAM; see :class:`gradmatch.data.GSAM`. The released rho 0.01 with ``adaptive``
             moves an expert by almost nothing: see ``docs/systems/ftd.md`` for radii that do.
         lr, momentum, weight_decay, batch_size: of SGD and of the base optimiser.
-        augment: ``augment(x, generator) -> x``, on every batch.
+        augment: operations of :class:`gradmatch.core.augment.SiameseAugment` joined by "_", or a function
+            ``augment(x, generator) -> x``; on every batch.
         standardise: bring every channel to mean 0 and standard deviation 1 first, as the distillers do.
         at_once: experts trained together (and written together); part of what decides their seeds.
         program: how they are trained together; see :func:`gradmatch.core.ensemble.train_ensemble`.
@@ -198,6 +200,7 @@ def train_experts(
         rho, alpha = checks.nonnegative("rho", rho), checks.nonnegative("alpha", alpha)
         alpha = 0.0 if optimizer == "sam" else alpha
         update = GSAMUpdate(rho, alpha, bool(adaptive), momentum, weight_decay)
+    augment = SiameseAugment(augment) if isinstance(augment, str) else augment
     real = as_examples(dataset)
     mean, std = channel_moments(real.x) if standardise else (None, None)
     real = Examples(standardised(real.x, mean, std), real.y, real.classes)

@@ -10,12 +10,15 @@ the experts; ``soft_labels="teacher"`` assigns the target expert's probabilities
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from gradmatch.core import checks
+from gradmatch.core.networks import Network
+from gradmatch.data._common import SyntheticDataset
 from gradmatch.data._inner import TrajectoryGradient, trajectory_grad
-from gradmatch.data._matching import TrajectoryMatcher, match_trajectories
+from gradmatch.data._matching import TrajectoryMatcher
 from gradmatch.data._trajectories import TrajectoryBuffer, train_experts
 
 __all__ = [
@@ -80,3 +83,28 @@ class TESLA(TrajectoryMatcher):
         """The settings of one of the released commands, :data:`PRESETS`, with changes."""
         checks.one_of("name", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **changes})
+
+
+def match_trajectories(
+    buffer: TrajectoryBuffer | str | Path,
+    dataset: Any,
+    network: Network,
+    ipc: int = 10,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Any = None,
+    **options: Any,
+) -> SyntheticDataset:
+    """Learn ``ipc`` images a class whose training follows the experts' trajectories.
+
+    Args:
+        buffer: experts of :func:`gradmatch.data.train_experts`, or the folder they were written to.
+        dataset: the data they were trained on.
+        network: their architecture.
+        options: those of :class:`TrajectoryMatcher` (``steps``, ``syn_steps``, ``unroll``, ``soft_labels``,
+            ``ema_decay`` and so on).
+        out, resume, progress: as for ``TrajectoryMatcher.distill``.
+    """
+    matcher = TrajectoryMatcher(per_class=ipc, **options)
+    return matcher.distill(dataset, network, buffer=buffer, out=out, resume=resume, progress=progress)
