@@ -32,6 +32,7 @@ race: .venv/.raced
 
 docs: $(STAMP)
 	$(BIN)/gradmatch board --out site
+	$(BIN)/python -m gradmatch.board README.md CONTRIBUTING.md docs
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "gradmatch needs Python 3.11 or newer; none was found."; exit 1; }

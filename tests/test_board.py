@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from gradmatch import board, catalog
-from gradmatch.board import _readme
 from gradmatch.core.checks import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +49,7 @@ def results(tmp_path) -> Path:
 
 @pytest.fixture
 def site(results, tmp_path) -> Path:
-    return board.build(results, tmp_path / "site").parent
+    return board.build(tmp_path / "site", results).parent
 
 
 class Links(HTMLParser):
@@ -109,43 +108,32 @@ def test_pictures_outside_the_folder_are_refused(results, tmp_path, picture):
     (tmp_path / "secret.png").write_bytes(b"png")
     (results / "dcc.json").write_text(json.dumps(RESULT | {"pictures": [picture]}))
     with pytest.raises(InputError, match="names the picture"):
-        board.build(results, tmp_path / "site")
+        board.build(tmp_path / "site", results)
 
 
 def test_a_slug_that_is_a_path_is_refused(results, tmp_path):
     (results / "dcc.json").write_text(json.dumps(RESULT | {"slug": "../dcc"}))
     with pytest.raises(InputError, match="is no slug"):
-        board.build(results, tmp_path / "site")
+        board.build(tmp_path / "site", results)
 
 
-def test_the_readme_section_is_rewritten_between_its_markers_only(results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"top\n{_readme.BEGIN}\nstale line\n{_readme.END}\nbottom\n")
-    assert board.update_readme(readme, results)
-    text = readme.read_text()
-    assert text.startswith("top\n")
-    assert text.endswith("\nbottom\n")
-    assert "stale line" not in text
-    assert "[**holds in part**](results/dcc.json) | On digits \\| not on patches." in text
+def test_the_readme_table_shows_verdict_reason_and_figures(results):
+    text = board.readme_table(results)
+    assert "[**holds in part**](results/dcc.json) | On digits \\| not on patches. |" in text
+    assert "| no result yet | run `gradmatch evidence dq` |" in text
     assert "| dcc | 80 ± 0.51 | 100 steps |" in text
-    assert not board.update_readme(readme, results)
-
-
-def test_a_readme_without_markers_is_refused(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    with pytest.raises(InputError, match="needs the line"):
-        board.update_readme(readme, tmp_path)
+    for system in catalog.SYSTEMS:
+        assert re.search(rf"\b{system.slug}\b", text)
 
 
 def test_the_projects_readme_agrees_with_its_results():
     text = (ROOT / "README.md").read_text()
-    section = text.split(_readme.BEGIN + "\n")[1].split(_readme.END)[0]
-    assert section == board.readme_section(ROOT / "results"), "run: gradmatch board --readme README.md"
+    found = text.split(board.BEGIN + "\n")[1].split(board.END)[0]
+    assert found == board.readme_table(ROOT / "results"), "run: gradmatch board --readme README.md"
 
 
 def test_the_site_of_the_projects_own_results_builds(tmp_path):
-    assert board.build(ROOT / "results", tmp_path).is_file()
+    assert board.build(tmp_path, ROOT / "results").is_file()
 
 
 def test_broken_links_are_named(tmp_path):

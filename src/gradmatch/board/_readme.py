@@ -7,38 +7,17 @@ from typing import Any
 
 from gradmatch import catalog
 from gradmatch.board._site import measured
-from gradmatch.core import checks
-from gradmatch.core.store import write_bytes
 
-BEGIN, END = "<!-- results: begin (gradmatch board --readme README.md) -->", "<!-- results: end -->"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+"""The lines of a README between which ``gradmatch board --readme`` puts the table."""
 TABLE = "fashion-mnist-table"
 
 
-def update_readme(readme: str | Path, results: str | Path | None = None) -> bool:
-    """Write the section between the markers anew; says whether anything changed.
-
-    Raises:
-        InputError: the file is missing or lacks the two markers.
-    """
-    path = Path(readme)
-    checks.require(path.is_file(), f"--readme is {str(path)!r}, which is no file.")
-    before = path.read_text(encoding="utf-8")
-    checks.require(
-        before.count(BEGIN) == 1 and before.count(END) == 1 and before.index(BEGIN) < before.index(END),
-        f"{path} needs the line {BEGIN!r} once and {END!r} once after it.",
-    )
-    head, rest = before.split(BEGIN)
-    after = head + BEGIN + "\n" + readme_section(results) + END + rest.split(END)[1]
-    if after != before:
-        write_bytes(path, after.encode())
-    return after != before
-
-
-def readme_section(results: str | Path | None = None) -> str:
+def readme_table(results: str | Path | None = None) -> str:
     """Markdown: built systems with their verdicts, the Fashion-MNIST table, and the systems not built yet."""
     found = catalog.results(results)
     built = [s for s in catalog.SYSTEMS if s.built]
-    lines = ["", "| system | the paper's claim | here it | because |", "|---|---|---|---|"]
+    lines = ["| system | the paper's claim | here it | because |", "|---|---|---|---|"]
     for s in built:
         result = found.get(s.slug)
         verdict = catalog.verdict(s, found)
@@ -55,7 +34,7 @@ def readme_section(results: str | Path | None = None) -> str:
             lines += [
                 f"{family} ({', '.join(slugs)})" + ("," if family != waiting[-1].family else ".")
             ] * bool(slugs)
-    return "\n".join([*lines, "", ""])
+    return "\n".join(lines) + "\n"
 
 
 def _table(result: dict[str, Any]) -> list[str]:

@@ -15,12 +15,12 @@ TONES = {"holds": "yes", "holds in part": "part", "does not hold": "no"}
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def build(results: str | Path | None = None, out: str | Path = "site") -> Path:
+def build(out: str | Path = "site", results: str | Path | None = None) -> Path:
     """Write the site and return its ``index.html``.
 
     Args:
-        results: folder of the result files; default the project's.
         out: folder of the site; its pages are replaced, other files are left alone.
+        results: folder of the result files; default the project's.
 
     Raises:
         InputError: jinja2 is missing, or a file in ``results`` is no result or names a picture outside it.
