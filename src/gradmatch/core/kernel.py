@@ -30,6 +30,8 @@ def as_float(name: str, source: Any) -> Tensor:
     tensor = source.detach() if isinstance(source, Tensor) else torch.as_tensor(source)
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.to(torch.float32)
+    if tensor.numel() and bool(torch.isfinite(tensor.sum())):  # one pass, where looking at each takes three
+        return tensor
     return checks.finite(name, tensor)
 
 
