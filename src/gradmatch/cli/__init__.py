@@ -1,1 +1,19 @@
-"""The command line."""
+"""The command line: ``gradmatch list``, ``show``, ``demo``, ``distill``, ``select``, ``evidence``, ``board``, ``data``.
+
+Heavy libraries load inside the commands, so that help and completion answer at once.
+"""
+
+from __future__ import annotations
+
+from gradmatch.cli import _board, _catalog, _data, _demo, _distill, _evidence, _select
+from gradmatch.cli._app import app
+
+__all__ = ["app", "main"]
+
+for module in (_catalog, _demo, _distill, _select, _evidence, _board, _data):
+    module.register(app)
+
+
+def main() -> None:
+    """Entry point of the program ``gradmatch``."""
+    app(prog_name="gradmatch")

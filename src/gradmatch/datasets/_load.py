@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,18 @@ MOST_BYTES = 16 * 2**30
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test examples of one data set, with the names of its classes."""
+    """Training and test examples of one data set, with the names of its classes.
+
+    ``rows`` holds the place in the source of every training example where some were held out for the test, and
+    ``files`` the image file of every training example where there is one.
+    """
 
     train: Examples
     test: Examples
     names: tuple[str, ...]
     name: str
+    rows: Tensor | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +72,7 @@ def split(
         examples.take(rest),
         names or tuple(str(c) for c in range(examples.classes)),
         name,
+        train,
     )
 
 
@@ -115,10 +122,13 @@ def folder(path: str | Path, *, size: int | None = None, seed: int = 0) -> Split
     held = next((p for p in ("test", "val", "validation") if p in parts), None)
     if "train" in parts and held:
         names = _class_names(root / "train")
-        train = _read_folder(root / "train", names, size)
-        return Split(train, _read_folder(root / held, names, size), names, root.name)
+        train, files = _read_folder(root / "train", names, size)
+        return Split(train, _read_folder(root / held, names, size)[0], names, root.name, None, files)
     names = _class_names(root)
-    return split(_read_folder(root, names, size), 0.2, seed, names=names, name=root.name)
+    examples, files = _read_folder(root, names, size)
+    found = split(examples, 0.2, seed, names=names, name=root.name)
+    assert found.rows is not None
+    return replace(found, files=tuple(files[i] for i in found.rows.tolist()))
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
@@ -129,8 +139,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_folder(root: Path, names: tuple[str, ...], size: int | None) -> Examples:
-    images, labels = [], []
+def _read_folder(root: Path, names: tuple[str, ...], size: int | None) -> tuple[Examples, tuple[str, ...]]:
+    images, labels, read = [], [], []
     for label, name in enumerate(names):
         files = sorted(f for f in (root / name).glob("*") if f.suffix.lower() in IMAGE_ENDINGS)
         checks.require(
@@ -138,6 +148,7 @@ def _read_folder(root: Path, names: tuple[str, ...], size: int | None) -> Exampl
         )
         images += [_read_image(f, size) for f in files]
         labels += [label] * len(files)
+        read += [str(f) for f in files]
     channels = max(i.shape[0] for i in images)
     images = [i.expand(channels, -1, -1) for i in images]
     shapes = sorted({tuple(i.shape[1:]) for i in images})
@@ -145,7 +156,7 @@ def _read_folder(root: Path, names: tuple[str, ...], size: int | None) -> Exampl
         len(shapes) == 1,
         f"DATA has images of sizes {checks.listing(shapes)}; give --size to bring them to one.",
     )
-    return Examples(torch.stack(images), torch.tensor(labels), len(names))
+    return Examples(torch.stack(images), torch.tensor(labels), len(names)), tuple(read)
 
 
 def _read_image(path: Path, size: int | None) -> Tensor:
