@@ -129,7 +129,7 @@ def test_images_are_moved_by_the_distance_of_gradients():
         value = gradient_distance(now, target)
         (slope,) = torch.autograd.grad(value, image)
         image = (image - 1.0 * slope).detach().requires_grad_()
-        values.append(float(value))
+        values.append(value.item())
     assert values[-1] < 0.8 * values[0]
 
 

@@ -156,6 +156,7 @@ def problem_of(kind: str) -> Problem:
 KINDS = ["mlp", "conv", "residual", "tokens", "shared", "weight_norm", "attention"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tier_equals_a_backward_for_each_example(kind):
     problem = problem_of(kind)
