@@ -156,7 +156,7 @@ def problem_of(kind: str) -> Problem:
 KINDS = ["mlp", "conv", "residual", "tokens", "shared", "weight_norm", "attention"]
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tier_equals_a_backward_for_each_example(kind):
     problem = problem_of(kind)
@@ -439,7 +439,7 @@ def gpt2(tied: bool):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")
 def test_gpt2_of_transformers(tied, masked):
     batch = {"input_ids": torch.randint(0, 20, (5, 6))}
     if masked:
@@ -451,6 +451,24 @@ def test_gpt2_of_transformers(tied, masked):
     result = gradient_norms(problem, return_tier=True)
     torch.testing.assert_close(result.norms, truth.norm(dim=1), rtol=1e-8, atol=1e-11)
     assert result.tier == "layerwise"  # tied embeddings and positions added to all examples included
+
+
+def test_fused_attention_has_second_and_forward_derivatives_here():
+    problem = Problem(gpt2(tied=True), "next_token", {"input_ids": torch.randint(0, 20, (4, 5))})
+    flat, direction = (
+        problem.space.flatten(problem.resolve()).detach(),
+        torch.randn(problem.space.size).double(),
+    )
+    step = 1e-6 * direction
+    plus, minus = (problem.space.flatten(gradient(problem, flat + s)) for s in (step, -step))
+    blocks = problem.space.unflatten(flat.requires_grad_())
+    slope = problem.space.flatten(gradient(problem, blocks, differentiable=True))
+    (product,) = torch.autograd.grad(slope @ direction, flat)
+    torch.testing.assert_close(product, (plus - minus) / 2e-6, rtol=1e-5, atol=1e-7)
+    batch = next(problem.batches())
+    pushed = problem.jvp(direction, batch)[1]
+    pull = problem.vjp(batch)[1]
+    torch.testing.assert_close((pushed * pushed).sum(), pull(pushed) @ direction)
 
 
 # --- groups and moments ------------------------------------------------------------------------------------

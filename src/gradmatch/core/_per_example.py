@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 from gradmatch.core import _layerwise, _reading
 from gradmatch.core._batches import Batch
 from gradmatch.core.checks import InputError, listing
-from gradmatch.core.problem import Problem
+from gradmatch.core.problem import Problem, twice_differentiable
 
 Tier = Literal["auto", "layerwise", "vmap", "loop"]
 TIERS: tuple[Tier, ...] = ("auto", "layerwise", "vmap", "loop")
@@ -26,7 +27,7 @@ def summed_gradient(
     fixed: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """Gradient of a batch's summed loss in ``blocks``, with further blocks held at ``fixed``."""
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable() if differentiable else nullcontext():
         loss = problem.batch_losses({**(fixed or {}), **blocks}, batch).sum()
     leaves = list(blocks.values())
     if not loss.requires_grad:
@@ -127,7 +128,7 @@ class Engine:
         fixed = {k: p if self.differentiable else p.detach() for k, p in self.blocks.items() if k not in wrt}
         if not self.differentiable:
             wrt = {k: p.detach() for k, p in wrt.items()}
-        with torch.set_grad_enabled(self.differentiable):
+        with torch.set_grad_enabled(self.differentiable), twice_differentiable():
             grads = self._vmapped(wrt, fixed, batch) if self.vmap else None
             if grads is None:
                 self.used.add("loop")

@@ -10,12 +10,14 @@ U -> J^T U and ``loss_hessian`` is U -> B U; the Gauss-Newton matrix is their pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
@@ -23,7 +25,17 @@ from gradmatch.core._batches import Batch, OrderedData
 from gradmatch.core._params import ParamSpace, ParamValues
 from gradmatch.core.checks import InputError, finite, listing, one_of, require
 
-__all__ = ["LOSSES", "Batch", "ParamSpace", "ParamValues", "Problem", "cross_entropy", "mse", "next_token"]
+__all__ = [
+    "LOSSES",
+    "Batch",
+    "ParamSpace",
+    "ParamValues",
+    "Problem",
+    "cross_entropy",
+    "mse",
+    "next_token",
+    "twice_differentiable",
+]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -62,6 +74,13 @@ def next_token(outputs: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "next_token": next_token}
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Attention by plain products inside this context: fused kernels have no second or forward derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 _ALLOWED = ("dropout", "batchnorm", "order")
 
 
@@ -250,7 +269,10 @@ class Problem:
     def jvp(self, vector: Tensor, batch: Batch, params: ParamValues | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and J v, both shaped as the outputs, for a flat direction v [P]."""
         blocks, tangent = self._constants(params), self.space.unflatten(vector)
-        outputs, product = torch.func.jvp(lambda p: self.outputs(p, batch.inputs), (blocks,), (tangent,))[:2]
+        with twice_differentiable():
+            outputs, product = torch.func.jvp(lambda p: self.outputs(p, batch.inputs), (blocks,), (tangent,))[
+                :2
+            ]
         return outputs, product
 
     def vjp(
