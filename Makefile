@@ -36,6 +36,7 @@ docs: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "gradmatch needs Python 3.11 or newer; none was found."; exit 1; }
+	@echo "setting up .venv with $(PYTHON); a few minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -126,6 +126,23 @@ def test_the_readme_table_shows_verdict_reason_and_figures(results):
         assert re.search(rf"\b{system.slug}\b", text)
 
 
+def test_the_readme_is_renewed_between_its_marks_only(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"top\n{board.BEGIN}\nstale line\n{board.END}\nbottom\n")
+    assert board.update_readme(readme, results)
+    assert readme.read_text() == f"top\n{board.BEGIN}\n{board.readme_table(results)}{board.END}\nbottom\n"
+    assert not board.update_readme(readme, results)
+
+
+@pytest.mark.parametrize("text", ["nothing", board.BEGIN + "\n", f"{board.END}\n{board.BEGIN}\n"])
+def test_a_readme_without_its_marks_is_refused_and_left_alone(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(InputError, match="needs a line"):
+        board.update_readme(readme, tmp_path)
+    assert readme.read_text() == text
+
+
 def test_the_projects_readme_agrees_with_its_results():
     text = (ROOT / "README.md").read_text()
     found = text.split(board.BEGIN + "\n")[1].split(board.END)[0]

@@ -7,10 +7,32 @@ from typing import Any
 
 from gradmatch import catalog
 from gradmatch.board._site import measured
+from gradmatch.core import checks
+from gradmatch.core.store import write_bytes
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 """The lines of a README between which ``gradmatch board --readme`` puts the table."""
 TABLE = "fashion-mnist-table"
+
+
+def update_readme(readme: str | Path, results: str | Path | None = None) -> bool:
+    """Write the table between the two marks anew; says whether anything changed.
+
+    Raises:
+        InputError: the file is missing or lacks the two marks.
+    """
+    path = Path(readme)
+    checks.require(path.is_file(), f"--readme is {str(path)!r}; there is no such file.")
+    before = path.read_text(encoding="utf-8")
+    head, begin, rest = before.partition(f"{BEGIN}\n")
+    _, end, tail = rest.partition(END)
+    checks.require(
+        bool(begin and end), f"--readme {str(path)!r} needs a line {BEGIN} and a line {END} after it."
+    )
+    after = head + begin + readme_table(results) + end + tail
+    if after != before:
+        write_bytes(path, after.encode())
+    return after != before
 
 
 def readme_table(results: str | Path | None = None) -> str:

@@ -294,7 +294,10 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 
 def bar_picture(rows: Sequence[Row], metric: str, title: str) -> bytes:
-    """A PNG of every row's mean with its standard deviation, and each seed as a dot."""
+    """A PNG of every row's mean with its standard deviation, and each seed as a dot.
+
+    Bars start at 0; where that would hide the differences, the means are points on a shorter axis instead.
+    """
     import io
 
     import matplotlib
@@ -303,22 +306,19 @@ def bar_picture(rows: Sequence[Row], metric: str, title: str) -> bytes:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
-    places = np.arange(len(rows))[::-1]
-    axis.barh(
-        places,
-        [r.mean for r in rows],
-        xerr=[r.std for r in rows],
-        color="#7aa6c2",
-        ecolor="#33485a",
-        height=0.7,
-    )
+    places, means = np.arange(len(rows))[::-1], [r.mean for r in rows]
+    low, high = min(min(r.values) for r in rows), max(max(r.values) for r in rows)
+    if low > 0 and high < 3 * low:
+        axis.plot(means, places, "o", color="#3f7ea6", markersize=7)
+        axis.grid(axis="y", alpha=0.3)
+    else:
+        axis.barh(places, means, color="#7aa6c2", height=0.7)
+    axis.errorbar(means, places, xerr=[r.std for r in rows], fmt="none", ecolor="#33485a")
     for place, row in zip(places, rows, strict=True):
         axis.plot(row.values, [place] * len(row.values), ".", color="#1d2b36", markersize=4)
     axis.set_yticks(places, [r.method for r in rows], fontsize=8)
-    low, high = min(min(r.values) for r in rows), max(max(r.values) for r in rows)
-    if low > 0 and high < 3 * low:  # all bars long: show the differences
-        axis.set_xlim(low - 0.25 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
-    axis.set_xlabel(metric)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlabel(metric, fontsize=9)
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
