@@ -74,7 +74,9 @@ def list_systems(
 
 
 def show(
-    slug: Annotated[str, typer.Argument(help="A system's slug.", autocompletion=_show.complete_slug)],
+    slug: Annotated[
+        str, typer.Argument(metavar="SLUG", help="A system's slug.", autocompletion=_show.complete_slug)
+    ],
     results: Results = None,
 ) -> None:
     """Show one system: what it is, how to use it, what its evidence found.

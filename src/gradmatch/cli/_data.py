@@ -20,7 +20,9 @@ def _complete(incomplete: str) -> list[str]:
 
 
 def data(
-    name: Annotated[str, typer.Argument(help="digits or fashion-mnist.", autocompletion=_complete)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="digits or fashion-mnist.", autocompletion=_complete)
+    ],
 ) -> None:
     """Fetch a data set without root, or say exactly how it can be had.
 

@@ -54,6 +54,7 @@ def demo(
     clear(out)
     split = _distill.load_data(choose(source), None)
     judge = _distill.network_of(None, split, WIDTH)
+    _show.say(_distill.describe(split))
     learned, seconds, losses = _distill.learn(maker, split, None, out=out, resume=False, init=None)
     scores = _distill.compare(learned, split, judge, NETWORKS, epochs, seed)
     network = f"ConvNet of width {WIDTH}"

@@ -74,6 +74,9 @@ def distill(
     seed: Annotated[int, typer.Option("--seed", help="Decides everything drawn.")] = 0,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    save_every: Annotated[
+        float, typer.Option("--save-every", help="Seconds between the states that --resume goes on from.")
+    ] = 5.0,
     init: Annotated[Path | None, typer.Option("--init", help="Start from an earlier result.")] = None,
     size: Annotated[
         int | None, typer.Option("--size", help="Side to which a folder's images are brought.")
@@ -105,11 +108,14 @@ def distill(
     )
     checks.whole("--epochs", epochs)
     checks.whole("--eval-networks", networks)
+    checks.nonnegative("--save-every", save_every)
     start = None if init is None else SyntheticDataset.load(init)
     require_free(out, resume)
     _report.require_libraries()
     split = load_data(source, size)
-    judge = network_of(network, split, width or (128 if budget == "full" else 32))
+    judge = network_of(network, split, (128 if budget == "full" else 32) if width is None else width)
+    _show.say(describe(split))
+    maker.checkpoint_seconds = save_every
     learned, seconds, losses = learn(
         maker, split, None if fits_auto(method, network, split) else judge, out=out, resume=resume, init=start
     )
@@ -138,13 +144,13 @@ def require_free(out: Path, resume: bool) -> None:
 
     checks.require(not out.exists() or out.is_dir(), f"--out is {str(out)!r}, a file; it must be a folder.")
     checks.require(
-        resume or not (out / "run.json").exists(),
+        resume or not any((out / part / "run.json").exists() for part in ("", "experts")),
         f"--out {str(out)!r} already holds a run; continue it with --resume or name another folder.",
     )
 
 
 def load_data(source: str, size: int | None) -> Split:
-    """The data, with a word on what was found."""
+    """The data, with the C library set up for the work that follows."""
     from gradmatch.core import checks
     from gradmatch.core.cpu import keep_freed_memory
     from gradmatch.datasets import load
@@ -155,9 +161,7 @@ def load_data(source: str, size: int | None) -> Split:
         checks.require(
             Path(source).is_dir(), f"--size is {size}, but DATA is {source!r}; it is for folders of images."
         )
-    split = load(source, size=size)
-    _show.say(describe(split))
-    return split
+    return load(source, size=size)
 
 
 def describe(split: Split) -> str:

@@ -99,6 +99,7 @@ def select(
     factory = None
     if network is not None or evaluate:
         factory = network_for(network or "convnet", split.train, width)
+    _show.say(describe(split))
     began = time.perf_counter()
     chosen = choose(method, split, ratio, bins, seed, factory if network is not None else None, epochs)
     seconds = time.perf_counter() - began
