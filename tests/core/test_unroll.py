@@ -324,7 +324,8 @@ def test_global_generator_and_arguments_are_left_alone(mode):
         ({"mode": "exact", "momentum": 1.0}, "momentum is 1.0"),
         ({"mode": "exact", "lr": torch.ones(4)}, "vector of 5 rates"),
         ({"mode": "exact", "lr": float("nan")}, "lr is nan"),
-        ({"mode": "exact", "momentum": 0.9, "velocity0": [torch.ones(3)]}, "velocity0"),
+        ({"mode": "exact", "momentum": 0.9, "velocity0": [torch.ones(3)]}, "velocity0 has other shapes"),
+        ({"mode": "exact", "velocity0": [torch.ones(3)]}, "velocity0 is given with momentum 0"),
     ],
 )
 def test_refusals(options, words):
@@ -336,6 +337,17 @@ def test_refusals(options, words):
 def test_inputs_that_cannot_be_differentiated_are_refused():
     with pytest.raises(InputError, match="no floating tensor"):
         unrolled_gradient(lambda t, i, x: t.sum(), torch.ones(2), torch.sum, torch.arange(3), 0.1, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_that_ignore_the_parameters_are_refused(mode):
+    theta, x = torch.ones(2), torch.ones(2)
+    with pytest.raises(InputError, match="step_loss does not depend on theta"):
+        unrolled_gradient(lambda t, i, x: t.detach().sum(), theta, torch.sum, x, 0.1, 1, mode)
+    with pytest.raises(InputError, match="outer_loss does not depend on theta"):
+        unrolled_gradient(lambda t, i, x: (t * x).sum(), theta, lambda t: t.detach().sum(), x, 0.1, 1, mode)
+    with pytest.raises(InputError, match="theta0 holds whole numbers"):
+        unrolled_gradient(lambda t, i, x: (t * x).sum(), theta.long(), torch.sum, x, 0.1, 1, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -50,8 +50,16 @@ class InnerLoop:
     ) -> InnerLoop:
         theta, pack_theta = _opened("theta0", theta0)
         xs, pack_inputs = _opened("inputs", inputs)
+        checks.require(
+            all(t.is_floating_point() for t in theta),
+            "theta0 holds whole numbers; parameters must be floating.",
+        )
         steps = checks.whole("steps", steps)
         momentum = checks.fraction("momentum", momentum, zero=True, one=False)
+        checks.require(
+            velocity0 is None or momentum > 0,
+            "velocity0 is given with momentum 0; it needs momentum above 0.",
+        )
         velocity: list[Tensor] = []
         if momentum:
             if isinstance(velocity0, Mapping) and isinstance(theta0, Mapping):
@@ -97,6 +105,7 @@ class InnerLoop:
             isinstance(loss, Tensor) and loss.ndim == 0,
             f"step_loss gave {getattr(loss, 'shape', type(loss).__name__)}; it must give a scalar tensor.",
         )
+        checks.require(loss.requires_grad, "step_loss does not depend on theta; its gradient is needed.")
         grads = torch.autograd.grad(
             loss, theta, create_graph=graph, allow_unused=True, materialize_grads=True
         )

@@ -21,8 +21,9 @@ from gradmatch.core.networks import Network
 Arrays = tuple[np.ndarray, np.ndarray]
 
 _START_SECONDS = 5.0  # importing torch in fresh workers; measured 3 to 5 s
-_CORE_FLOPS = 2e10  # float32 operations a second of one core in small convolutions, on the high side
-_STEP_SECONDS = 1e-3  # python and dispatch of one training step of a small network, on the low side
+_CORE_FLOPS = 4e10  # float32 operations a second of one core in convolutions, on the high side
+_STEP_SECONDS = 5e-4  # python and dispatch of one training step of a small network, on the low side
+_THREAD_GAIN = 0.5  # what each further thread adds to a loop's speed, on the high side for small networks
 
 
 def at_most() -> int:
@@ -61,8 +62,9 @@ def too_little(module: nn.Module, x: Tensor, recipe: Recipe, n: int, workers: in
     """Why starting workers would not pay: an estimate from operation counts, the same on every run."""
     passes = 3 * len(x) * recipe.epochs + tested  # a backward pass costs about two forward passes
     steps = recipe.epochs * -(-len(x) // recipe.batch_size)
-    alone = n * (forward_flops(module, x[:1]) * passes / _CORE_FLOPS + steps * _STEP_SECONDS)
-    together = alone * -(-n // workers) / n + _START_SECONDS
+    one_core = n * (forward_flops(module, x[:1]) * passes / _CORE_FLOPS + steps * _STEP_SECONDS)
+    alone = one_core / (1 + _THREAD_GAIN * (torch.get_num_threads() - 1))
+    together = one_core * -(-n // workers) / n + _START_SECONDS
     if together < alone:
         return None
     return f"about {alone:.1f} s of work would not repay starting worker processes"

@@ -22,22 +22,19 @@ from gradmatch.core._members import (
     Augment,
     MemberSeeds,
     Recipe,
-    Trained,
     Update,
     accuracy_of,
     logits_of,
     member_seeds,
-    train_member,
 )
+from gradmatch.core._programs import PROGRAMS, TEST_BATCH, choose, join, run_loop, stack
 from gradmatch.core.examples import Examples
 from gradmatch.core.networks import Network, build
 from gradmatch.core.store import load_tensors, save_tensors
 
 __all__ = ["PROGRAMS", "Ensemble", "MemberSeeds", "member_seeds", "train_ensemble"]
 
-PROGRAMS = ("auto", "loop", "vmap", "processes")
 FILE = "ensemble.safetensors"
-_TEST_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Ensemble:
         return {name: part.reshape(*vector.shape[:-1], *shape) for (name, shape), part in parts}
 
     @torch.no_grad()
-    def predict(self, x: Tensor, batch: int = _TEST_BATCH) -> Tensor:
+    def predict(self, x: Tensor, batch: int = TEST_BATCH) -> Tensor:
         """Logits (n, m, C) of every member for inputs (m, ...), in eval mode."""
         x = x.to(self.losses)
         if self.program == "vmap":
@@ -104,7 +101,7 @@ class Ensemble:
             return torch.cat([call(self.params, part) for part in x.split(batch)], 1)
         return torch.stack([logits_of(self.module(k), x, batch) for k in range(len(self))])
 
-    def accuracy(self, x: Tensor, y: Tensor, batch: int = _TEST_BATCH) -> Tensor:
+    def accuracy(self, x: Tensor, y: Tensor, batch: int = TEST_BATCH) -> Tensor:
         """Share of right answers of every member (n,), float64; labels may be probabilities."""
         checks.same_length("x", x, "y", y)
         return accuracy_of(self.predict(x, batch), y.to(self.losses.device))
@@ -231,16 +228,16 @@ def train_ensemble(
         seed=checks.whole("seed", seed, least=0),
     )
     template = build(network, member_seeds(recipe.seed, 0).init).to(device=x.device, dtype=x.dtype).train()
-    chosen, reason = _choose(program, template, network, x, y, recipe, n, workers, held)
+    chosen, reason = choose(program, template, network, x, y, recipe, n, workers, held)
     done = _counter(progress, n * recipe.epochs)
     if chosen == "vmap":
         size = n if together is None else checks.whole("together", together)
         groups = [range(k, min(k + size, n)) for k in range(0, n, size)]
-        result = _join([_vmapped.train_stacked(network, x, y, recipe, g, done) for g in groups])
+        result = join([_vmapped.train_stacked(network, x, y, recipe, g, done) for g in groups])
     elif chosen == "processes":
-        result = _stack(_workers.train(network, x, y, recipe, n, workers, held, _TEST_BATCH, done), x.device)
+        result = stack(_workers.train(network, x, y, recipe, n, workers, held, TEST_BATCH, done), x.device)
     else:
-        result = _stack(_loop(network, x, y, recipe, n, held, done), x.device)
+        result = stack(run_loop(network, x, y, recipe, n, held, done), x.device)
     ensemble = Ensemble(
         params=result.params,
         buffers=result.buffers,
@@ -299,87 +296,3 @@ def _counter(progress: Callable[[int, int], object] | None, total: int) -> Calla
         progress(done, total)
 
     return count
-
-
-def _choose(
-    program: str,
-    template: nn.Module,
-    network: Network,
-    x: Tensor,
-    y: Tensor,
-    recipe: Recipe,
-    n: int,
-    workers: int | None,
-    test: tuple[Tensor, Tensor] | None,
-) -> tuple[str, str]:
-    """The program to run and the reason for it."""
-    checks.one_of("program", program, PROGRAMS)
-    if workers is not None:
-        checks.whole("workers", workers)
-    if program == "loop":
-        return "loop", "asked for"
-    if program == "vmap":
-        obstacle = _vmapped.why_not(template, x, y)
-        checks.require(obstacle is None, f"program is 'vmap', but {obstacle}.")
-        return "vmap", "asked for"
-    if program == "processes":
-        obstacle = _workers.why_not(network, x, recipe, n, workers or _workers.available())
-        return ("loop", obstacle) if obstacle else ("processes", "asked for")
-    if n == 1:
-        return "loop", "there is one member"
-    if x.device.type != "cpu" or _vmapped.pays_on_cpu(template, x, n, recipe.batch_size):
-        obstacle = _vmapped.why_not(template, x, y)
-        if obstacle is None:
-            return "vmap", "one batched program is fastest here"
-        if x.device.type != "cpu":
-            return "loop", obstacle
-    tested = 0 if test is None else len(test[0])
-    count = workers or _workers.at_most()
-    obstacle = _workers.too_little(template, x, recipe, n, count, tested)
-    if obstacle is None and workers is None:
-        count = _workers.available()
-        obstacle = _workers.too_little(template, x, recipe, n, count, tested)
-    obstacle = obstacle or _workers.why_not(network, x, recipe, n, count)
-    return ("loop", obstacle) if obstacle else ("processes", f"enough work for {count} worker processes")
-
-
-def _loop(
-    network: Network,
-    x: Tensor,
-    y: Tensor,
-    recipe: Recipe,
-    n: int,
-    test: tuple[Tensor, Tensor] | None,
-    done: Callable[[int], object] | None,
-) -> list[Trained]:
-    results = []
-    for member in range(n):
-        module, trained = train_member(network, x, y, recipe, member, done)
-        if test is not None:
-            trained.accuracy = float(accuracy_of(logits_of(module, test[0], _TEST_BATCH), test[1]))
-        results.append(trained)
-    return results
-
-
-def _stack(results: list[Trained], device: torch.device) -> Trained:
-    """Members' results with a first axis of members, on the device."""
-    accuracies = [r.accuracy for r in results if r.accuracy is not None]
-    return Trained(
-        {k: torch.stack([r.params[k] for r in results]).to(device) for k in results[0].params},
-        {k: torch.stack([r.buffers[k] for r in results]).to(device) for k in results[0].buffers},
-        torch.stack([r.losses for r in results]).to(device),
-        torch.stack([r.snapshots for r in results]),
-        torch.tensor(accuracies, dtype=torch.float64) if accuracies else None,
-    )
-
-
-def _join(groups: list[Trained]) -> Trained:
-    """Groups of stacked members one after another."""
-    if len(groups) == 1:
-        return groups[0]
-    return Trained(
-        {k: torch.cat([g.params[k] for g in groups]) for k in groups[0].params},
-        {},
-        torch.cat([g.losses for g in groups]),
-        torch.cat([g.snapshots for g in groups]),
-    )

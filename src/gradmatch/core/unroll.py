@@ -264,6 +264,7 @@ def _outer(
         isinstance(loss, Tensor) and loss.ndim == 0,
         f"outer_loss gave {getattr(loss, 'shape', type(loss).__name__)}; it must give a scalar tensor.",
     )
+    checks.require(loss.requires_grad, "outer_loss does not depend on theta; its gradient is needed.")
     if not bool(torch.isfinite(loss)):
         checks.refuse(
             f"outer_loss is {float(loss.detach())} after inner step {loop.steps - 1} of {loop.steps}; "
