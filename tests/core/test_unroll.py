@@ -127,6 +127,24 @@ def test_stores_give_the_same_bits(store, mode, steps):
     assert all(torch.equal(kept.theta0_grad[k], other.theta0_grad[k]) for k in kept.theta0_grad)
 
 
+def test_each_store_rolls_out_as_often_as_it_must():
+    theta, inputs, target, batches = _problem()
+    step_loss, outer = _losses(target, batches)
+    calls = []
+
+    def counted(theta, i, inputs):
+        calls.append(i)
+        return step_loss(theta, i, inputs)
+
+    counts = {}
+    for store in ("memory", "cpu", "recompute"):
+        calls.clear()
+        unrolled_gradient(counted, theta, outer, inputs, 0.1, 9, state_store=store)
+        counts[store] = len(calls)
+    # nine steps forward and nine back; three of nine states kept means six rolled out again
+    assert counts == {"memory": 18, "cpu": 18, "recompute": 24}
+
+
 def test_steps_are_those_of_torch_sgd():
     theta, inputs, target, batches = _problem()
     step_loss, _ = _losses(target, batches)
