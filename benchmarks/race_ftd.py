@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timer import main, missing, race
 from torch import Tensor, nn
 
+from _timer import main, missing, race
 from gradmatch.core.cpu import keep_freed_memory
 from gradmatch.core.networks import build
 from gradmatch.data import GSAM, train_experts

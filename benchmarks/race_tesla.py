@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timer import figure, main, missing, peak_mib, race
 from torch import Tensor, nn
 
+from _timer import figure, main, missing, peak_mib, race
 from gradmatch.core.cpu import keep_freed_memory
 from gradmatch.core.networks import build
 from gradmatch.data.tesla import trajectory_grad
@@ -150,7 +150,7 @@ def run() -> None:
         peak_memory=True,
         **common,
     )
-    peaks = [peak_mib(lambda: mtt.ours(mode)) for mode in ("full", "exact")]
+    peaks = [peak_mib(functools.partial(mtt.ours, mode)) for mode in ("full", "exact")]
     if None not in peaks:
         figure("tesla memory, whole graph over exact adjoint", ratio=peaks[0] / peaks[1])  # type: ignore[operator]
 
