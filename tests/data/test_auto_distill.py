@@ -147,6 +147,12 @@ def test_same_seed_same_result_and_the_global_generator_is_left():
     assert not torch.equal(runs[0], runs[2])
 
 
+def test_bfloat16_features_change_little():
+    exact, rough = (AutoDistill(**SMALL, bfloat16=b).distill(blobs(), tiny()).images for b in (False, True))
+    assert not torch.equal(exact, rough)
+    assert float((exact - rough).abs().mean()) < 0.05
+
+
 def test_smooth_labels_and_learned_labels_are_probabilities():
     soft = AutoDistill(**SMALL | {"labels": "smooth", "smoothing": 0.3}).distill(blobs(), tiny()).labels
     assert torch.allclose(soft, 0.7 * torch.eye(3) + 0.1)
