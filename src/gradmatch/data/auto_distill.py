@@ -34,13 +34,14 @@ from gradmatch.data._common import Distiller, Job, Progress, State, SyntheticDat
 
 @dataclass(frozen=True)
 class Preset:
-    """Step counts for one and for more images per class: (ridge, refinement)."""
+    """Step counts (ridge, refinement) for one and for more images per class, and the size of the pool."""
 
     one: tuple[int, int]
     more: tuple[int, int]
+    pool: int
 
 
-PRESETS = {"demo": Preset((600, 0), (400, 0)), "full": Preset((3000, 600), (5000, 0))}
+PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((3000, 1400), (5000, 60), 16)}
 
 
 class AutoDistill(Distiller):
@@ -48,7 +49,8 @@ class AutoDistill(Distiller):
 
     Args:
         per_class: images per class.
-        preset: "demo" (about a minute on two cores) or "full" (at most ten); sets ``steps`` and ``refine_steps``.
+        preset: "demo" (about a minute on two cores) or "full" (at most ten); sets ``steps``,
+            ``refine_steps`` and ``pool``.
         steps: ridge steps, in place of the preset's.
         refine_steps: steps of the second phase, in place of the preset's.
         labels: "hard"; "smooth" (each label keeps ``1 - smoothing``, the rest is spread evenly); "learned"
@@ -59,7 +61,7 @@ class AutoDistill(Distiller):
         image_lr, refine_lr, label_lr: Adam's rates for the images in the two phases and for the labels in the second;
             each falls to a thirtieth over the second half of its phase.
         average: factor of the running mean of the images that is given back.
-        pool: number of networks.
+        pool: number of networks, in place of the preset's.
         age: steps a network of the pool is trained before a fresh one takes its place.
         rate: the pool's learning rate; default 0.04 * min(4, 2048 / features of the last layer), four times
             the evaluator's 0.01 at its 2048 features.
@@ -84,7 +86,7 @@ class AutoDistill(Distiller):
         refine_lr: float = 0.005,
         label_lr: float = 0.01,
         average: float = 0.99,
-        pool: int = 8,
+        pool: int | None = None,
         age: int = 40,
         rate: float | None = None,
         window: int = 10,
@@ -116,7 +118,7 @@ class AutoDistill(Distiller):
         self.refine_lr = checks.positive("refine_lr", refine_lr)
         self.label_lr = checks.positive("label_lr", label_lr)
         self.average = checks.fraction("average", average, zero=True, one=False)
-        self.pool = checks.whole("pool", pool)
+        self.pool = PRESETS[preset].pool if pool is None else checks.whole("pool", pool)
         self.age = checks.whole("age", age)
         self.rate = None if rate is None else checks.positive("rate", rate)
         self.window = checks.whole("window", window, most=self.age)
