@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gradmatch.core import checks
 from gradmatch.core.distance import gradient_distance
-from gradmatch.core.networks import active_dropout, seeded
+from gradmatch.core.networks import Network, active_dropout, build, seeded
+from gradmatch.core.ntk import empirical_ntk, kernel_distance
+from gradmatch.data._common import SyntheticDataset, standardise
 
 Tensors = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]
@@ -155,6 +158,39 @@ class Learner:
                 with torch.no_grad():
                     torch._foreach_add_(tensors, grads, alpha=-lr)
         return {k: p.detach() for k, p in live.items()}
+
+
+def kernel_velocity(
+    synthetic: SyntheticDataset,
+    network: Network,
+    probe: Tensor,
+    *,
+    epochs: int = 20,
+    lr: float = 0.01,
+    seed: int = 0,
+) -> Tensor:
+    """How fast a network's tangent kernel turns while it is trained on a synthetic set, (epochs,).
+
+    Entry t is the :func:`gradmatch.core.ntk.kernel_distance` of the kernels on ``probe`` before and after epoch t.
+    The paper gives its warm-up this reason: contrastively condensed sets turn the kernel faster early on.
+
+    Args:
+        synthetic: trained on as one batch an epoch, standardised as it says.
+        network: factory of the network.
+        probe: a few dozen inputs (n, ...) in the scale of the data, standardised likewise.
+        epochs, lr: plain SGD steps and their size.
+        seed: of the network.
+    """
+    module = build(network, seed)
+    learner = Learner.of(module, "mse")
+    params = {k: p.detach() for k, p in module.named_parameters()}
+    buffers = dict(module.named_buffers())
+    x, at = synthetic.standardised(), standardise(probe, synthetic.mean, synthetic.std)
+    kernels = [empirical_ntk(module, at, params)]
+    for t in range(checks.whole("epochs", epochs)):
+        params = learner.train(params, buffers, iter([(x, synthetic.labels)]), lr, seed + t)
+        kernels.append(empirical_ntk(module, at, params))
+    return torch.tensor([kernel_distance(a, b) for a, b in pairwise(kernels)])
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +31,9 @@ from gradmatch.core import checks
 from gradmatch.core.augment import SiameseAugment
 from gradmatch.core.distance import DISTANCES
 from gradmatch.core.networks import Network, build, has_batchnorm
-from gradmatch.core.ntk import empirical_ntk, kernel_distance
-from gradmatch.data._common import Distiller, Job, State, SyntheticDataset, standardise
-from gradmatch.data._gradient_matching import Learner, Tensors
+from gradmatch.core.pooling import with_product_pools
+from gradmatch.data._common import Distiller, Job, State, SyntheticDataset
+from gradmatch.data._gradient_matching import Learner, Tensors, kernel_velocity
 
 __all__ = ["DCC", "METHODS", "LoopCounts", "condense", "kernel_velocity", "loops"]
 
@@ -231,7 +230,8 @@ class DCC(Distiller):
     def _prepare(self, job: Job) -> tuple[Job, Learner, list[Tensor]]:
         """The network's computation and the indices of every class, kept from step to step."""
         if self._prepared is None or self._prepared[0] is not job:
-            learner = Learner.of(build(job.network, self.seed, job.device), self.distance)
+            module = with_product_pools(build(job.network, self.seed, job.device))
+            learner = Learner.of(module, self.distance)
             self._prepared = (job, learner, [job.real.of_class(c) for c in range(job.real.classes)])
         return self._prepared
 
@@ -296,39 +296,6 @@ def condense(
         method, steps, options: as for :class:`DCC`.
     """
     return DCC(per_class=ipc, method=method, steps=steps, **options).distill(dataset, net_factory)
-
-
-def kernel_velocity(
-    synthetic: SyntheticDataset,
-    network: Network,
-    probe: Tensor,
-    *,
-    epochs: int = 20,
-    lr: float = 0.01,
-    seed: int = 0,
-) -> Tensor:
-    """How fast a network's tangent kernel turns while it is trained on a synthetic set, (epochs,).
-
-    Entry t is the :func:`gradmatch.core.ntk.kernel_distance` of the kernels on ``probe`` before and after epoch t.
-    The paper gives its warm-up this reason: contrastively condensed sets turn the kernel faster early on.
-
-    Args:
-        synthetic: trained on as one batch an epoch, standardised as it says.
-        network: factory of the network.
-        probe: a few dozen inputs (n, ...) in the scale of the data, standardised likewise.
-        epochs, lr: plain SGD steps and their size.
-        seed: of the network.
-    """
-    module = build(network, seed)
-    learner = Learner.of(module, "mse")
-    params = {k: p.detach() for k, p in module.named_parameters()}
-    buffers = dict(module.named_buffers())
-    x, at = synthetic.standardised(), standardise(probe, synthetic.mean, synthetic.std)
-    kernels = [empirical_ntk(module, at, params)]
-    for t in range(checks.whole("epochs", epochs)):
-        params = learner.train(params, buffers, iter([(x, synthetic.labels)]), lr, seed + t)
-        kernels.append(empirical_ntk(module, at, params))
-    return torch.tensor([kernel_distance(a, b) for a, b in pairwise(kernels)])
 
 
 def _warn_of_random(dataset: Any) -> None:
