@@ -73,20 +73,21 @@ def _held_out() -> tuple[Examples, Examples]:
     return hold_out(_data()[0], HELD_PER_CLASS, TUNING_SEED)
 
 
-# Image updates that take about a minute of one quiet core of the machine the results were made on: (1, 10 per class).
+# Image updates that take about half a minute of one quiet core of the machine the results were made on.
 STEPS = {
-    "dc": {1: 150, 10: 70},
-    "dsa": {1: 140, 10: 65},
-    "dcc": {1: 160, 10: 75},
-    "dsac": {1: 140, 10: 65},
-    "ftd": {1: 80, 10: 12},
-    "tesla": {1: 80, 10: 12},
+    "dc": {1: 75, 10: 35},
+    "dsa": {1: 70, 10: 32},
+    "dcc": {1: 80, 10: 38},
+    "dsac": {1: 70, 10: 32},
+    "ftd": {1: 40, 10: 6},
+    "tesla": {1: 40, 10: 6},
+    "auto": {1: 300, 10: 120},
 }
 LONG = 10  # the full budget's multiple of those
 
 
 def _published_method(method: str, ipc: int, seed: int, steps: int, lr: float) -> Distiller:
-    """A published method in settings that fit a minute: smaller real batches and fewer epochs than its preset."""
+    """A published method in settings that fit the time: smaller real batches and fewer epochs than its preset."""
     if method in ("dc", "dsa", "dcc", "dsac"):
         return DCC(
             per_class=ipc,
@@ -112,6 +113,15 @@ def _published_method(method: str, ipc: int, seed: int, steps: int, lr: float) -
     if method == "ftd":
         return FTD(experts=experts | {"rho": 0.2, "alpha": 0.3, "adaptive": False}, ema_decay=0.9, **common)
     return TESLA(experts=experts, **common)
+
+
+def _auto(ipc: int, seed: int, long: bool, full: bool) -> AutoDistill:
+    """The library's own recipe: at the time of the other rows, or its ten-minute preset."""
+    if long:
+        return AutoDistill(per_class=ipc, seed=seed, preset="full")
+    return AutoDistill(
+        per_class=ipc, seed=seed, steps=STEPS["auto"][ipc] * (LONG if full else 1), refine_steps=0
+    )
 
 
 def _distil(make: Callable[[], Distiller], train: Examples) -> tuple[SyntheticDataset, float]:
@@ -155,8 +165,7 @@ def _one(
         if method == "random":
             made = random_subset(train, ipc, seed)
         elif method == "auto":
-            preset = "full" if row == LONG_AUTO or full else "demo"
-            made, seconds = _distil(lambda: AutoDistill(per_class=ipc, seed=seed, preset=preset), train)
+            made, seconds = _distil(lambda: _auto(ipc, seed, row == LONG_AUTO, full), train)
         else:
             steps = STEPS[method][ipc] * (LONG if full else 1)
             share = _expert_share(method, train)
@@ -182,7 +191,7 @@ def _plan(full: bool) -> list[tuple[str, str, int]]:
     plan = [("random real images", "random", 3)]
     plan += [(m, m, nets) for m in PUBLISHED_METHODS]
     plan += [(AUTO, "auto", nets)]
-    return plan if full else [*plan, (LONG_AUTO, "auto", 3)]
+    return [*plan, (LONG_AUTO, "auto", 3)]
 
 
 def run(settings: Settings) -> Result:
@@ -207,7 +216,7 @@ def run(settings: Settings) -> Result:
             mine = [r for t, r in zip(tasks, done, strict=True) if t[1] == row and t[3] == ipc]
             rows += _rows(row, ipc, networks, mine, rates.get((method, ipc)))
     wall = sum(part["wall"] for part in [*scores, *done]) / settings.workers
-    return replace(_judged(tuple(rows), full), seconds=wall)
+    return replace(_judged(tuple(rows)), seconds=wall)
 
 
 def _rows(row: str, ipc: int, networks: int, runs: list[dict[str, Any]], rate: float | None) -> list[Row]:
@@ -224,12 +233,12 @@ def _rows(row: str, ipc: int, networks: int, runs: list[dict[str, Any]], rate: f
     return found
 
 
-def _judged(rows: tuple[Row, ...], full: bool) -> Result:
+def _judged(rows: tuple[Row, ...]) -> Result:
     found = {r.method: r for r in rows}
     met, words = [], []
     for ipc in IPC:
         label = f"{ipc} per class"
-        top, even = found[f"{AUTO if full else LONG_AUTO}, {label}"], found[f"{AUTO}, {label}"]
+        top, even = found[f"{LONG_AUTO}, {label}"], found[f"{AUTO}, {label}"]
         bar = max(PUBLISHED[ipc].values())
         over = gain(top, [bar] * len(top.values))
         others = {m: gain(even, found[f"{m}, {label}"]) for m in ("random real images", *PUBLISHED_METHODS)}
