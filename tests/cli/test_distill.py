@@ -239,3 +239,27 @@ def test_demo_takes_fashion_mnist_where_it_is_and_says_which(monkeypatch, capsys
     said = capsys.readouterr().err
     assert "demo on Fashion-MNIST" in said
     assert "demo on scikit-learn's digits" in said
+
+
+def test_worker_processes_give_the_figures_of_one_process(photos, resnet, monkeypatch):
+    """Also for a user's network, which the workers import from the present folder."""
+    from gradmatch.cli import _network, _score
+    from gradmatch.datasets import load
+
+    split = load("photos")
+    network = _network.network_for(f"{resnet}:ResNet", split.train)
+    groups = [
+        _score.learned("a", _score.part_of(split.train, torch.arange(8)), 2, 3),
+        _score.everything(split.train, 5),
+    ]
+    steps = []
+    alone = _score.compare(groups, network, split.test, advance=lambda k, n: steps.append((k, n)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    monkeypatch.setattr(_score, "POOL_SECONDS", 0.0)
+    monkeypatch.setattr(_score, "_workers", lambda: 2)
+    together = _score.compare(groups, network, split.test)
+    assert [r.accuracies for r in together] == [r.accuracies for r in alone]
+    assert [(r.name, len(r.accuracies), r.note) for r in alone] == [
+        ("a", 2, "2 networks, 3 epochs"),
+        ("all real images", 1, "1 network, 5 epochs"),
+    ]

@@ -14,7 +14,7 @@ from gradmatch.cli import _show
 from gradmatch.cli._app import Stopped
 
 if TYPE_CHECKING:
-    from gradmatch.cli._score import Score
+    from gradmatch.cli._score import Group, Score
     from gradmatch.core.networks import Network
     from gradmatch.data import SyntheticDataset
     from gradmatch.datasets import Split
@@ -227,16 +227,25 @@ def compare(
     from gradmatch.cli import _score
     from gradmatch.data import random_subset
 
-    options: dict[str, Any] = {"seed": seed, "device": device, "epochs": epochs}
     draws = [random_subset(split.train, len(learned) // split.classes, seed + k) for k in range(networks)]
-    with _show.progress_bar("evaluating", 3) as advance:
-        ours = _score.score_set("distilled images", learned, network, split.test, networks, **options)
-        advance(1, 3, {})
-        random = _score.score_draws("random real images", draws, network, split.test, **options)
-        advance(2, 3, {})
-        everything = _score.score_all(split.train, network, split.test, **options)
-        advance(3, 3, {})
-    return [ours, random, everything]
+    groups = [
+        _score.learned("distilled images", learned, networks, epochs),
+        _score.drawn("random real images", draws, epochs),
+        _score.everything(split.train, epochs),
+    ]
+    return score(groups, split, network, seed, device)
+
+
+def score(
+    groups: list[Group], split: Split, network: Network, seed: int, device: str | None = None
+) -> list[Score]:
+    """Measure the rows, with a bar over the networks."""
+    from gradmatch.cli import _score
+
+    with _show.progress_bar("evaluating networks") as advance:
+        return _score.compare(
+            groups, network, split.test, seed=seed, device=device, advance=lambda k, n: advance(k, n, {})
+        )
 
 
 def finish(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gradmatch.cli import _catalog, _show
+from gradmatch.cli._app import Stopped
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +51,12 @@ def evidence(
     settings = _common.Settings(seeds=seeds, budget=budget, out=out, workers=workers, quiet=quiet)
     for slug in chosen:
         _show.say(f"{slug}: running with budget {budget}")
-        _, file = _common.run_experiment(slug, settings)
+        try:
+            _, file = _common.run_experiment(slug, settings)
+        except KeyboardInterrupt as stop:
+            raise Stopped(
+                f"stopped by Ctrl-C; the same command keeps the parts of {slug} that were done"
+            ) from stop
         _catalog.print_result(read_json(file))
         typer.echo(f"written: {file}\n")
 

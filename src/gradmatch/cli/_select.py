@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from gradmatch.cli._distill import (
     complete_network,
     describe,
     load_data,
+    score,
 )
 
 if TYPE_CHECKING:
@@ -145,20 +146,17 @@ def compare(
     from gradmatch.cli import _score
     from gradmatch.data import random_selection
 
-    options: dict[str, Any] = {"seed": seed, "epochs": _score.all_epochs(len(chosen), epochs)}
+    count = _score.all_epochs(len(chosen), epochs)
     draws = [
         _score.part_of(split.train, random_selection(split.train, ratio, seed=seed + 1 + k).indices)
         for k in range(networks)
     ]
-    kept = _score.part_of(split.train, chosen.indices)
-    with _show.progress_bar("evaluating", 3) as advance:
-        ours = _score.score_set("selected images", kept, network, split.test, networks, **options)
-        advance(1, 3, {})
-        random = _score.score_draws("random images", draws, network, split.test, **options)
-        advance(2, 3, {})
-        everything = _score.score_all(split.train, network, split.test, epochs, seed=seed)
-        advance(3, 3, {})
-    return [ours, random, everything]
+    groups = [
+        _score.learned("selected images", _score.part_of(split.train, chosen.indices), networks, count),
+        _score.drawn("random images", draws, count),
+        _score.everything(split.train, epochs),
+    ]
+    return score(groups, split, network, seed)
 
 
 def finish(
