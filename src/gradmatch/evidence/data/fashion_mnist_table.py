@@ -188,7 +188,7 @@ def _one(
 def _plan(full: bool) -> list[tuple[str, str, int]]:
     """(row, method, networks) of the table."""
     nets = 3 if full else 1
-    plan = [("random real images", "random", 3)]
+    plan = [("random real images", "random", nets)]
     plan += [(m, m, nets) for m in PUBLISHED_METHODS]
     plan += [(AUTO, "auto", nets)]
     return [*plan, (LONG_AUTO, "auto", 3)]
