@@ -41,7 +41,7 @@ class Preset:
     pool: int
 
 
-PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((1500, 800), (3500, 80), 16)}
+PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((1500, 1400), (3500, 80), 16)}
 
 
 class AutoDistill(Distiller):
