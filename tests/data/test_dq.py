@@ -355,6 +355,14 @@ def test_takes_what_users_have(data) -> None:
     assert torch.equal(mine.indices, given.indices)
 
 
+def test_device_and_where_results_live(network, data) -> None:
+    on_cpu = DQ(n_bins=4, ratio=0.2, device="cpu").select(data, network)
+    assert torch.equal(on_cpu.indices, DQ(n_bins=4, ratio=0.2).select(data, network).indices)
+    assert {t.device.type for t in (on_cpu.indices, *on_cpu.bins, *on_cpu.gains)} == {"cpu"}
+    with pytest.raises(Exception, match="nowhere"):
+        DQ(n_bins=4, ratio=0.2, device="nowhere").select(data)
+
+
 def test_takes_a_hugging_face_data_set(data) -> None:
     datasets = pytest.importorskip("datasets")
     x, y = data

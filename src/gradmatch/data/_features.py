@@ -24,6 +24,10 @@ class Rows:
     matrix: Tensor
     inner: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on another device."""
+        return Rows(self.matrix.to(device), None if self.inner is None else self.inner.to(device))
+
     def of(self, own: Tensor, similarity: KernelName) -> tuple[Tensor, Kind]:
         """What the picker needs of some items: their rows, or their similarity matrix made of the factors."""
         own = own.to(self.matrix.device)

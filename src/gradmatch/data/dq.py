@@ -66,6 +66,8 @@ class DQ:
         head: name of the network's last linear layer; default its last ``nn.Linear``.
         batch_size: inputs at once.
         seed: of the draw; bins depend on the data alone.
+        device: where similarities are computed; default where the features are (the network's device). A network
+            is not moved: inputs go to where it is.
 
     Raises:
         InputError: options out of range.
@@ -89,7 +91,9 @@ class DQ:
         head: str | None = None,
         batch_size: int = 256,
         seed: int = 0,
+        device: torch.device | str | None = None,
     ) -> None:
+        self.device = device
         self.n_bins = checks.whole("n_bins", n_bins)
         self.ratio = checks.fraction("ratio", ratio)
         if isinstance(features, str):
@@ -130,6 +134,7 @@ class DQ:
             f"ratio is {self.ratio:g}, but {of} {sizes[smallest]} items and would keep none; raise it.",
         )
         rows, kind = self._rows(x, y, network)
+        rows = rows if self.device is None else rows.to(self.device)
         groups = (
             [torch.arange(len(x))]
             if labels is None
