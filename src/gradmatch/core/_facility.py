@@ -64,6 +64,8 @@ class _Cover:
         self.covered = torch.zeros(kernel.items, dtype=torch.float64, device=kernel.device)
         self.picked: list[int] = []
         self.spent = torch.zeros(kernel.columns, dtype=torch.bool, device=kernel.device)
+        self.any_spent = False
+        self.last = (torch.empty(0, dtype=torch.long), torch.empty(0, 0))
         self.unit = 4 * float(torch.finfo(kernel.dtype).eps)
         self.scale = float(kernel.row(0).abs().max()) or 1.0
         self.slip = 0.0 if kernel.exact_blocks else 16 * self.unit * self.scale
@@ -74,10 +76,12 @@ class _Cover:
         """Take the best candidate; returns its column and its gain."""
         chosen, gain = self._best()
         self.picked.append(chosen)
+        self.gains[chosen] = -torch.inf
         if gain > 0:
             self._cover_with(chosen)
-        self.gains[self.spent] = _SPENT
-        self.gains[self.picked] = -torch.inf
+        if self.any_spent:
+            self.gains[self.spent] = _SPENT
+            self.gains[self.picked] = -torch.inf
         return chosen, gain
 
     def _best(self) -> tuple[int, float]:
@@ -93,15 +97,16 @@ class _Cover:
             place = lowest(true, tolerance)
             if float(true[place]) > tolerance:
                 return int(near[place]), float(true[place])
-            self.spent[near] = True
+            self.spent[near], self.any_spent = True, True
             self.gains[near] = _SPENT
 
     def _confirm(self, near: Tensor) -> Tensor:
         """Float64 gains of a few candidates, from the rows that they could improve."""
-        floor = (self.covered - self.slip).to(self.kernel.dtype)[:, None]
         parts = []
         for columns in near.split(max(1, 2**22 // self.kernel.items)):
             block = self.kernel.whole(columns)
+            self.last = columns, block
+            floor = (self.covered - self.slip).to(block.dtype)[:, None]
             rows = torch.nonzero((block >= floor).any(1)).flatten()
             exact = block[rows] if block.dtype == torch.float64 else self.kernel.exact(rows, columns)
             parts.append(self.weights[rows] @ (exact - self.covered[rows, None]).clamp_(min=0))
@@ -109,8 +114,9 @@ class _Cover:
 
     def _cover_with(self, chosen: int) -> None:
         column = torch.tensor([chosen], device=self.kernel.device)
-        reach = self.kernel.whole(column)[:, 0] >= (self.covered - self.slip).to(self.kernel.dtype)
-        rows = torch.nonzero(reach).flatten()
+        at = torch.nonzero(self.last[0] == chosen).flatten()
+        block = self.last[1][:, at] if len(at) else self.kernel.whole(column)
+        rows = torch.nonzero(block[:, 0] >= (self.covered - self.slip).to(block.dtype)).flatten()
         before = self.covered[rows]
         after = torch.maximum(before, self.kernel.exact(rows, column)[:, 0])
         self.covered[rows] = after
@@ -118,6 +124,7 @@ class _Cover:
             len(self.picked) == 1
         ):  # everything changed, and small gains are not to be had from large differences
             self.gains = self._fresh()
+            self.gains[chosen] = -torch.inf
             self.error = self._rounding(self.weights, float(self.gains.max()))
             return
         changed = after > before

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -56,10 +57,14 @@ class Kernel(ABC):
 
     items: int
     columns: int
-    dtype: torch.dtype
     device: torch.device
     exact_blocks: bool
-    """Whether ``block`` and ``row`` hold the very values of ``exact``, so that no answer needs confirming."""
+    """Whether ``row`` and ``whole`` hold the very values of ``exact``, so that no answer needs confirming."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The working precision of ``block``."""
 
     @abstractmethod
     def block(self, rows: Tensor, columns: slice) -> Tensor:
@@ -67,11 +72,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def row(self, item: int) -> Tensor:
-        """Similarities [columns] of one item with all candidates, in the working precision."""
+        """Similarities [columns] of one item with all candidates, in the precision of the source."""
 
     @abstractmethod
     def whole(self, columns: Tensor) -> Tensor:
-        """Similarities [items, len(columns)] of a few candidates, in the working precision."""
+        """Similarities [items, len(columns)] of a few candidates, in the precision of the source."""
 
     @abstractmethod
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -83,22 +88,40 @@ class Kernel(ABC):
 
     @property
     def nonnegative(self) -> bool:
-        """Whether no similarity can be below zero, known without looking at them all."""
+        """Whether it is known that no similarity is below zero."""
         return False
 
 
 class MatrixKernel(Kernel):
-    """A similarity matrix that exists already; row i belongs to item i, column j to candidate j."""
+    """A similarity matrix that exists already; row i belongs to item i, column j to candidate j.
+
+    Blocks of a float64 matrix come from a float32 copy, made at the first use, if that fits ``copy_limit`` bytes
+    and float32 can hold the values.
+    """
 
     exact_blocks = True
 
-    def __init__(self, matrix: Tensor, candidates: Tensor | None = None) -> None:
+    def __init__(self, matrix: Tensor, candidates: Tensor | None = None, copy_limit: int = 0) -> None:
         self.matrix = matrix if candidates is None else matrix[:, candidates]
         self.items, self.columns = self.matrix.shape
-        self.dtype, self.device = matrix.dtype, matrix.device
+        self.device = matrix.device
+        self._copy_limit = copy_limit
+
+    @cached_property
+    def bulk(self) -> Tensor:
+        """The matrix in the precision of bulk work."""
+        if self.matrix.dtype == torch.float64 and 4 * self.matrix.numel() <= self._copy_limit:
+            copy = self.matrix.float()
+            if bool(torch.isfinite(copy.sum())):
+                return copy
+        return self.matrix
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bulk.dtype
 
     def block(self, rows: Tensor, columns: slice) -> Tensor:
-        return self.matrix[:, columns].index_select(0, rows)
+        return self.bulk[:, columns].index_select(0, rows)
 
     def row(self, item: int) -> Tensor:
         return self.matrix[item]
@@ -114,6 +137,10 @@ class MatrixKernel(Kernel):
         for rows in torch.arange(self.items, device=self.device).split(_ROWS_AT_ONCE):
             total += weights[rows] @ self.matrix[rows[0] : rows[-1] + 1].double()
         return total
+
+    @property
+    def nonnegative(self) -> bool:
+        return float(self.matrix.min()) >= 0
 
 
 class LinearKernel(Kernel):
@@ -139,11 +166,15 @@ class LinearKernel(Kernel):
         self.chosen = self.features if candidates is None else self.features[candidates]
         self.offset, self.scale = offset, scale
         self.items, self.columns = len(features), len(self.chosen)
-        self.dtype, self.device = features.dtype, features.device
-        self.exact_blocks = self.dtype == torch.float64
+        self.device = features.device
+        self.exact_blocks = features.dtype == torch.float64
         self.gram: Tensor | None = None
         if self.items * self.columns * features.element_size() <= gram_limit:
             self.gram = self._affine(self.features @ self.chosen.T)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
 
     def _affine(self, products: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -169,8 +200,8 @@ class LinearKernel(Kernel):
         return [slice(s, s + _ROWS_AT_ONCE) for s in range(0, self.items, _ROWS_AT_ONCE)]
 
     def whole(self, columns: Tensor) -> Tensor:
-        if self.gram is not None:
-            return self.gram.index_select(1, columns)
+        if self.gram is not None:  # rows lie together in memory, and the matrix of all with all is symmetric
+            return self.gram[columns].T if self.candidates is None else self.gram.index_select(1, columns)
         return self._affine(self.features @ self.chosen.index_select(0, columns).T)
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -210,7 +241,11 @@ class FunctionKernel(Kernel):
         self.function, self.features = function, features
         self.chosen = features if candidates is None else features[candidates]
         self.items, self.columns = len(features), len(self.chosen)
-        self.dtype, self.device = features.dtype, features.device
+        self.device = features.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
 
     def _call(self, a: Tensor, b: Tensor) -> Tensor:
         found = self.function(a, b)
@@ -258,7 +293,8 @@ def as_kernel(
         kernel: for features: ``"cosine"`` is (1 + cos) / 2 in [0, 1], ``"dot"`` the inner product, or a
             function of two blocks of rows.
         candidates: columns to keep; default all.
-        gram_limit: bytes up to which the matrix of a named kernel is built; 0 never builds it.
+        gram_limit: bytes up to which the matrix of a named kernel is built (0 never builds it), or a float64 matrix
+            is copied to float32 for bulk work.
 
     Raises:
         InputError: wrong shape, NaN or infinity, zero rows under ``"cosine"``.
@@ -271,7 +307,7 @@ def as_kernel(
             tensor.ndim == 2 and shape[0] == shape[1] and shape[0] > 0,
             f"similarity is of shape {shape}; it must be (n, n), or pass kind='features' for feature rows.",
         )
-        return MatrixKernel(tensor, candidates)
+        return MatrixKernel(tensor, candidates, gram_limit)
     checks.require(tensor.ndim == 2 and min(shape) > 0, f"features is of shape {shape}; it must be (n, m).")
     if callable(kernel):
         return FunctionKernel(kernel, tensor, candidates)
