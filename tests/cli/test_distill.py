@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gradmatch.cli import _demo
+from gradmatch.cli import _demo, _methods
 from gradmatch.core.store import load_tensors, save_tensors
 from gradmatch.data import Distiller, SyntheticDataset
 
@@ -83,6 +83,17 @@ def test_earlier_result_is_the_start_of_a_new_one(run, npz):
     assert run(*words, "--steps", 0, "--init", "first", "--out", "second").exit_code == 0
     first, second = (SyntheticDataset.load(name).images for name in ("first", "second"))
     torch.testing.assert_close(first, second)
+
+
+def test_steps_are_those_of_all_phases():
+    for per_class in (1, 10):
+        usual = _methods.distiller("auto", per_class=per_class, budget="full")
+        short = _methods.distiller("auto", per_class=per_class, budget="full", steps=100)
+        assert short.steps == short.ridge_steps + short.refine_steps == 100
+        share = usual.refine_steps / usual.steps
+        assert short.refine_steps == round(100 * share) > 0
+    own = _methods.distiller("auto", per_class=1, steps=7, settings=["refine_steps=2"])
+    assert (own.ridge_steps, own.refine_steps) == (7, 2)
 
 
 @pytest.fixture

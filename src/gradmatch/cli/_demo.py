@@ -35,7 +35,7 @@ def demo(
     ] = "auto",
     per_class: Annotated[int, typer.Option("--per-class", help="Learned images per class.")] = PER_CLASS,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Steps of the recipe; default its own.")
+        int | None, typer.Option("--steps", help="Steps of the recipe in all; default its own.")
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of each evaluation network.")] = EPOCHS,
     seed: Annotated[int, typer.Option("--seed", help="Decides everything drawn.")] = 0,

@@ -66,7 +66,7 @@ def distill(
         str,
         typer.Option("--budget", help="small (a laptop) or full (the papers' settings; auto: ten minutes)."),
     ] = "small",
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the method.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the method, in all.")] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of each evaluation network.")] = 300,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other option of the method.")

@@ -64,7 +64,17 @@ def distiller(
         own["steps"] = steps
     if "steps" in own:
         options.pop("outer_loop", None)
-    return kind(**(options | {"per_class": per_class, "seed": seed, "device": device} | own))
+    options |= {"per_class": per_class, "seed": seed, "device": device} | own
+    if method == "auto" and steps is not None and "refine_steps" not in own:
+        options |= _phases(kind, options, steps)
+    return kind(**options)
+
+
+def _phases(kind: type[Any], options: dict[str, Any], steps: int) -> dict[str, int]:
+    """``steps`` in all, shared over the two phases of the recipe as its preset shares them."""
+    usual = kind(**{k: v for k, v in options.items() if k != "steps"})
+    refine = round(checks.whole("--steps", steps, least=0) * usual.refine_steps / max(1, usual.steps))
+    return {"steps": steps - refine, "refine_steps": refine}
 
 
 def _class_of(method: str) -> type[Distiller]:
