@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def readme_table(results: str | Path | None = None) -> str:
         result = found.get(s.slug)
         verdict = catalog.verdict(s, found)
         shown = f"[**{verdict}**](results/{s.slug}.json)" if result else verdict
-        reason = _cell(result["reason"]) if result else f"run `gradmatch evidence {s.slug}`"
+        reason = _cell(_first(result["reason"])) if result else f"run `gradmatch evidence {s.slug}`"
         lines.append(f"| [{s.slug}](docs/systems/{s.slug}.md) | {_cell(s.claim)} | {shown} | {reason} |")
     if TABLE in found:
         lines += ["", *_table(found[TABLE])]
@@ -63,6 +64,11 @@ def _table(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['title']} ({result['metric']}; {result['verdict']}: {_cell(result['reason'])})", ""]
     lines += ["| method | measured | cost |", "|---|---|---|"]
     return lines + [f"| {_cell(r['method'])} | {measured(r)} | {_cell(r['cost'])} |" for r in result["rows"]]
+
+
+def _first(text: str) -> str:
+    """The first statement of a reason; the result file and the site have all of it."""
+    return re.split(r"[;:.](?:\s|$)", text, maxsplit=1)[0] + "."
 
 
 def _cell(text: str) -> str:
