@@ -271,6 +271,7 @@ def evaluate(
         device=device,
         test=(x_test, held.y),
     )
+    assert ensemble.test_accuracy is not None  # a test set was given
     return Evaluation(
         tuple(float(a) for a in ensemble.test_accuracy), time.perf_counter() - began, ensemble.program
     )

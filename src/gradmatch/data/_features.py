@@ -127,4 +127,5 @@ def pixel_features(x: Tensor, width: int | None = PCA_WIDTH) -> Float[Tensor, "n
         values, axes = torch.linalg.eigh(flat @ flat.T)
         found = (axes * values.clamp_min(0).sqrt())[:, -count:].flip(1)
     largest = found.gather(0, found.abs().argmax(0, keepdim=True))
-    return found * torch.where(largest < 0, -1.0, 1.0)
+    signed: Tensor = found * torch.where(largest < 0, -1.0, 1.0)
+    return signed

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -387,8 +387,7 @@ def experiment(slug: str) -> Experiment:
     checks.require(
         bool(found), f"evidence {slug!r} is not built yet; 'gradmatch list --built' shows what is."
     )
-    module: Any = import_module(f"gradmatch.evidence.{found[0].parent.name}.{name}")
-    return module
+    return cast(Experiment, import_module(f"gradmatch.evidence.{found[0].parent.name}.{name}"))
 
 
 def experiments() -> list[str]:
