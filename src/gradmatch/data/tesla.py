@@ -69,8 +69,8 @@ class TESLA(TrajectoryMatcher):
     """Trajectory matching with memory that does not grow with the inner steps, and soft labels.
 
     All options are those of :class:`gradmatch.data._matching.TrajectoryMatcher`. ``soft_labels`` is off by default:
-    with few classes nothing anchors an image to its class, and labels assigned anew collapse (ten digits fall to
-    chance). "teacher-init" assigns them once and cannot collapse so.
+    with few classes nothing anchors an image to its class, and labels assigned anew collapse at the pixel rates from
+    which hard labels gain. "teacher-init" assigns them once and cannot collapse so.
 
     >>> TESLA.preset("imagenet1k-1", steps=10).lr_img
     5000.0
