@@ -9,7 +9,8 @@ Each side runs in a process of its own, alternately: ours with freed memory kept
 official one as Python starts it. As every real image is used at every update, both do exactly the same work, and the
 first distance and the first update are compared (and, loosely, the later distances).
 
-``GRADMATCH_RACE_WIDTHS`` (default "32,128") chooses the widths, and ``GRADMATCH_RACE_LOOPS`` (default "10,50") the image updates and epochs, for a quick look.
+``GRADMATCH_RACE_WIDTHS`` (default "32,128") chooses the widths, ``GRADMATCH_RACE_LOOPS`` (default "10,50") the image
+updates and epochs, for a quick look, and ``GRADMATCH_RACE_THREADS`` (default 2) the threads of both sides.
 """
 
 from __future__ import annotations
