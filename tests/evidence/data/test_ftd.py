@@ -80,3 +80,32 @@ def test_one_arm_measures_every_figure(tiny) -> None:
     assert all(v == v for v in found.values())
     assert found == ftd.measure("FTD plain rho 0.2", {1: 3.0}, 0, tiny)
     assert all(0 <= v <= 1 for v in ftd.real(1, [0, 1], tiny))
+
+
+def test_the_rate_is_the_best_mean_over_the_tuning_seeds(tiny, monkeypatch) -> None:
+    trained, tried = [], []
+    monkeypatch.setattr(ftd, "experts", lambda train, arm, seed, budget: trained.append(seed) or seed)
+
+    class Found:
+        def __init__(self, lr, seed):
+            self.lr, self.seed = lr, seed
+            tried.append((lr, seed))
+
+        def distill(self, train, net, buffer):
+            assert buffer == self.seed
+            return self
+
+    class Score:
+        def __init__(self, mean):
+            self.mean = mean
+
+    # three seeds agree on 30; the fourth prefers 300 by less than they lose there
+    def accuracy(found, net, held, epochs):
+        liked = 300.0 if found.seed == ftd.TUNING_SEEDS[-1] else 30.0
+        return Score(float(found.lr == liked))
+
+    monkeypatch.setattr(ftd, "matcher", lambda count, lr, seed, budget: Found(lr, seed))
+    monkeypatch.setattr(ftd, "evaluate", accuracy)
+    assert ftd.tune(ftd.MTT, tiny) == {1: (30.0, False)}
+    assert trained == list(ftd.TUNING_SEEDS)
+    assert len(tried) == len(ftd.GRID) * len(ftd.TUNING_SEEDS)
