@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +27,20 @@ _CONFIG = "run.json"
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file atomically: to a temporary neighbour, flushed to disk, then renamed."""
+    with new_file(path) as file:
+        file.write(content)
+    return Path(path)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to be written in the block: it appears, whole, when the block ends, and not at all if that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -38,7 +48,27 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to be filled in the block: it appears, whole, when the block ends, and not at all if that fails.
+
+    Raises:
+        InputError: something is there already, other than an empty folder.
+    """
+    path = Path(path)
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    checks.require(not taken, f"out {str(path)!r} exists and is not an empty folder; name another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _umask() -> int:
