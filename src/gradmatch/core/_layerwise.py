@@ -87,34 +87,56 @@ Uses = list[tuple[Call, str]]  # calls that use a parameter, each with the layer
 
 @dataclass
 class Pass:
-    """One forward and backward pass: losses, the uses of each parameter that can be read, and the other names."""
+    """One forward and backward pass: losses, the uses of each parameter that can be read, and the other names.
+
+    ``total`` is the gradient of the summed loss by block, where it was asked for.
+    """
 
     losses: Tensor
     uses: dict[str, Uses]
     rest: list[str]
+    total: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch) -> Pass:
-    """Run the batch at ``blocks``, leaves that require grad."""
-    seen: dict[str, list[tuple[Call | None, str]]] = {}
-    with ExitStack() as stack, torch.enable_grad():
-        for module, names in _owners(problem, blocks):
-            handle = module.register_forward_hook(_recorder(seen, names, batch.size), with_kwargs=True)
-            stack.callback(handle.remove)
-        losses = problem.batch_losses(blocks, batch)
-    graph = _Graph(losses)
-    uses = {name: _trusted(seen.get(name, []), graph, p) for name, p in blocks.items()}
-    calls = list({id(c): c for found in uses.values() for c, _ in found or ()}.values())
-    grads = torch.autograd.grad(losses.sum(), [c.edge for c in calls], allow_unused=True) if calls else ()
+def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch, total: bool = False) -> Pass:
+    """Run the batch at ``blocks``, leaves that require grad; ``total`` asks for the summed gradient too."""
+    losses, uses, calls = record(problem, blocks, batch.size, lambda: problem.batch_losses(blocks, batch))
+    wanted: list[Any] = [c.edge for c in calls] + (list(blocks.values()) if total else [])
+    grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True) if wanted else ()
     lost = set()
-    for call, delta in zip(calls, grads, strict=True):
-        if delta is None or len(delta) != batch.size or call.x._version != call.version:
+    for call, delta in zip(calls, grads[: len(calls)], strict=True):
+        if delta is None or not sound(call, delta, batch.size):
             lost.add(id(call))  # its output left the graph, or its input was written over
         else:
             call.delta = delta
             call.x = call.x.expand(batch.size, *call.x.shape[1:]) if call.broadcast else call.x
-    kept = {k: u for k, u in uses.items() if u is not None and not any(id(c) in lost for c, _ in u)}
-    return Pass(losses.detach(), kept, [k for k in blocks if k not in kept])
+    kept = {k: u for k, u in uses.items() if not any(id(c) in lost for c, _ in u)}
+    sums = {
+        k: torch.zeros_like(p) if g is None else g
+        for (k, p), g in zip(blocks.items(), grads[len(calls) :], strict=False)
+    }
+    return Pass(losses.detach(), kept, [k for k in blocks if k not in kept], sums)
+
+
+def record(
+    problem: Problem, blocks: Mapping[str, Tensor], m: int, forward: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Uses], list[Call]]:
+    """A forward pass of m examples with its graph: the result, the uses of what can be read, and their calls."""
+    seen: dict[str, list[tuple[Call | None, str]]] = {}
+    with ExitStack() as stack, torch.enable_grad():
+        for module, names in _owners(problem, blocks):
+            handle = module.register_forward_hook(_recorder(seen, names, m), with_kwargs=True)
+            stack.callback(handle.remove)
+        result = forward()
+    graph = _Graph(result)
+    found = {name: _trusted(seen.get(name, []), graph, p) for name, p in blocks.items()}
+    uses = {name: u for name, u in found.items() if u is not None}
+    return result, uses, list({id(c): c for found in uses.values() for c, _ in found}.values())
+
+
+def sound(call: Call, delta: Tensor, m: int) -> bool:
+    """Whether what arrived at a call's output tells m examples apart, and its input is still what it was."""
+    return len(delta) == m and call.x._version == call.version
 
 
 def _owners(problem: Problem, blocks: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, str]]]:
