@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,12 +97,11 @@ def _checked(inputs: Any, target: Any) -> int:
     return sizes.pop()
 
 
-def _checksum(tree: Any) -> int:
-    code = 0
-    for leaf in tree_leaves(tree):
-        flat = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        code = zlib.crc32(flat, code)
-    return code
+def _checksums(tree: Any, before: tuple[int, ...] | None) -> tuple[int, ...]:
+    """For each tensor, a checksum of its bytes in all batches so far."""
+    leaves = tree_leaves(tree)
+    flat = [leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for leaf in leaves]
+    return tuple(zlib.crc32(f, code) for f, code in zip(flat, before or [0] * len(flat), strict=False))
 
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -124,7 +124,7 @@ class OrderedData:
     def __init__(self, source: Any, batch_size: int = 256, check_order: bool = True) -> None:
         self.batch_size = whole("batch_size", batch_size)
         self._whole: tuple[Any, Any] | None = None
-        self._codes: list[int] | None = None
+        self._codes: list[tuple[int, ...]] | None = None  # after every batch
         source = self._normal(source)
         if isinstance(source, DataLoader) and check_order and _shuffles(source):
             raise InputError(
@@ -155,11 +155,12 @@ class OrderedData:
         return source
 
     def _survey(self) -> list[int]:
-        sizes, codes = [], []
+        sizes: list[int] = []
+        codes: list[tuple[int, ...]] = []
         for item in self._source:
             pair = _pair(item)
             sizes.append(_checked(*pair))
-            codes.append(_checksum(pair))
+            codes.append(_checksums(pair, codes[-1] if codes else None))
         require(bool(sizes), "data is empty; at least one example is needed.")
         self._codes = codes if self._check_order else None
         return sizes
@@ -167,18 +168,31 @@ class OrderedData:
     def _sliced_sizes(self) -> list[int]:
         return [min(self.batch_size, self.n - s) for s in range(0, self.n, self.batch_size)]
 
+    def fingerprint(self) -> str:
+        """A checksum of all examples in their order, however they are batched; refused where the order may change."""
+        if self._whole is not None:
+            codes = _checksums(self._whole, None)
+        else:
+            require(
+                bool(self._codes), 'data may change between passes (allow="order"); it has no fingerprint.'
+            )
+            codes = (self._codes or [()])[-1]
+        return hashlib.sha256(repr((self.n, codes)).encode()).hexdigest()[:16]
+
     def __iter__(self) -> Iterator[Batch]:
         start = 0
         if self._whole is not None:
             everything = Batch(*self._whole, start=0)
             yield from everything.split(self.batch_size)
             return
-        count = 0
+        count, codes = 0, None
         for count, item in enumerate(self._source, 1):
             inputs, target = _pair(item)
             if self._codes is None:
                 _checked(inputs, target)
-            elif count > len(self._codes) or _checksum((inputs, target)) != self._codes[count - 1]:
+            else:
+                codes = _checksums((inputs, target), codes)
+            if self._codes is not None and (count > len(self._codes) or codes != self._codes[count - 1]):
                 raise InputError(
                     f"data changed between passes (batch {count - 1}); it must come in a fixed order without random "
                     'transforms, or be accepted with allow="order".'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -17,6 +17,12 @@ from gradmatch.core.problem import Problem, twice_differentiable
 
 Tier = Literal["auto", "layerwise", "vmap", "loop"]
 TIERS: tuple[Tier, ...] = ("auto", "layerwise", "vmap", "loop")
+_BUDGET = 2**25  # numbers of per-example gradients held at once: 128 MiB in float32
+
+
+def _slices(m: int, step: int) -> list[slice]:
+    """0..m in pieces of ``step``, at least one example each."""
+    return [slice(a, min(a + max(1, step), m)) for a in range(0, m, max(1, step))]
 
 
 def summed_gradient(
@@ -48,6 +54,7 @@ class Engine:
         self.checked = bool(problem.active("dropout"))  # two passes differ then, so they cannot be compared
         self.rest: set[str] = set()
         self.used: set[str] = set()
+        self.memory: dict[torch.dtype, Tensor] = {}
 
     def rows(self, batch: Batch, out: Mapping[str, Tensor]) -> None:
         """Write the gradients [m, numel] of every block into ``out``."""
@@ -66,19 +73,68 @@ class Engine:
 
     def norms2(self, batch: Batch) -> dict[str, Tensor]:
         """Squared norms [m] by block."""
+        return self._norms2(batch, None)
+
+    def sums(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Squared norms [m] and the gradient summed over the batch [numel], by block, from one pass."""
+        totals = {k: torch.zeros_like(p.detach()).flatten() for k, p in self.blocks.items()}
+        return self._norms2(batch, totals), totals
+
+    def _norms2(self, batch: Batch, totals: dict[str, Tensor] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         rest = list(self.blocks)
         if self.layerwise:
-            done = self._read(batch)
+            done = self._read(batch, totals is not None)
             found = {
                 name: _reading.norms2(uses) if uses else self.blocks[name].new_zeros(batch.size)
                 for name, uses in done.uses.items()
             }
             rest = done.rest if self._settle(batch, found, done) else rest
-        return found | {k: rows.square().sum(1) for k, rows in self.direct(batch, rest).items()}
+            if totals is not None:
+                totals |= {k: t.flatten() for k, t in done.total.items() if k not in rest}
+        found |= {k: self.blocks[k].detach().new_empty(batch.size) for k in rest}
+        for part, rows in self._direct_parts(batch, rest):
+            for name, value in rows.items():
+                found[name][part] = _reading.square_norms(value)
+                if totals is not None:
+                    totals[name] += value.sum(0)
+        return found
 
-    def _read(self, batch: Batch) -> _layerwise.Pass:
-        done = _layerwise.run(self.problem, self.blocks, batch)
+    def stream(self, batch: Batch) -> Iterator[tuple[str, slice, Tensor]]:
+        """Gradients block by block: a block's name, some of the examples, and their rows [m, numel].
+
+        Rows are overwritten by the next; only they and the activations of the batch are held, never [m, P].
+        """
+        if self.layerwise and self._unproven(batch):
+            self.norms2(batch)  # proves the layerwise tier on this batch, or gives it up
+        rest = list(self.blocks)
+        if self.layerwise:
+            done = self._read(batch)
+            self._settle(batch, {}, done)
+            for name, uses in done.uses.items():
+                for part in _slices(batch.size, _BUDGET // self.blocks[name].numel()):
+                    rows = self._scratch(part.stop - part.start, self.blocks[name])
+                    _reading.rows(_reading.taken(uses, part), rows) if uses else rows.zero_()
+                    yield name, part, rows
+            rest = done.rest
+        for part, blocks in self._direct_parts(batch, rest):
+            for name, rows in blocks.items():
+                yield name, part, rows
+
+    def _scratch(self, m: int, block: Tensor) -> Tensor:
+        """Memory that is used again: touched before, it costs an eighth of fresh memory."""
+        if block.dtype not in self.memory or self.memory[block.dtype].numel() < m * block.numel():
+            self.memory[block.dtype] = block.detach().new_empty(m * block.numel())
+        return self.memory[block.dtype][: m * block.numel()].view(m, -1)
+
+    def _direct_parts(self, batch: Batch, names: list[str]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Some examples at once, as many as fit, and the rows of the named blocks."""
+        if names:
+            for part in _slices(batch.size, _BUDGET // sum(self.blocks[k].numel() for k in names)):
+                yield part, self.direct(batch.take(part), names)
+
+    def _read(self, batch: Batch, total: bool = False) -> _layerwise.Pass:
+        done = _layerwise.run(self.problem, self.blocks, batch, total)
         if self.strict == "layerwise" and done.rest:
             raise InputError(f'tier is "layerwise"; {listing(done.rest)} cannot be read so, use "auto".')
         return done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,21 @@ def rows(uses: Uses, out: Tensor) -> None:
         out += more
 
 
+def taken(uses: Uses, part: slice) -> Uses:
+    """The same uses for some of the examples only."""
+    made: dict[int, Call] = {}
+    for call, _ in uses:
+        if id(call) not in made:
+            own = made[id(call)] = copy.copy(call)
+            own.x, own.delta = call.x[part], call.delta[part]
+    return [(made[id(call)], local) for call, local in uses]
+
+
+def square_norms(rows: Tensor) -> Tensor:
+    """Squared norm [m] of every row, without a second array of squares."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
+
+
 def norms2(uses: Uses) -> Tensor:
     """Squared norm [m] of each example's gradient of the parameter that ``uses`` (at least one) describes."""
     calls = sorted((call for call, local in uses if local == "weight"), key=lambda call: call.family)
@@ -33,7 +50,7 @@ def norms2(uses: Uses) -> Tensor:
     call, local = uses[0]
     total = call.delta.new_empty(len(call.x), call.module.get_parameter(local).numel())
     rows(uses, total)
-    return total.square().sum(1)
+    return square_norms(total)
 
 
 def _write_rows(call: Call, local: str, out: Tensor) -> None:
@@ -97,7 +114,7 @@ def _weight_norms2(call: Call) -> Tensor:
         example, _, sums = _token_sums(call)
         return sums.new_zeros(len(call.x)).index_add_(0, example, sums.square().sum(1))
     if not _gram_is_cheaper(call):
-        return torch.cat([_weight_rows(call, part).square().sum(1) for part in _steps(call, formed=True)])
+        return torch.cat([square_norms(_weight_rows(call, part)) for part in _steps(call, formed=True)])
     return torch.cat([_gram_norms2(*_factors(call, part)) for part in _steps(call, formed=False)])
 
 
@@ -120,43 +137,45 @@ def _factors(call: Call, part: slice) -> tuple[Tensor, Tensor]:
     """A [m, g, K, L] and D [m, g, O, L]: inputs and output gradients over L positions, in g channel groups."""
     if call.family == "linear":
         return _sequence(call.x[part]).mT[:, None], _sequence(call.delta[part]).mT[:, None]
-    x, delta, size, stride, dilation = _picture(call, part)
+    x, delta, size, stride, dilation, padding = _picture(call, part)
     groups = _sizes(call)[0]
-    columns = F.unfold(x, size, dilation=dilation, stride=stride)
+    columns = F.unfold(x, size, dilation=dilation, padding=padding, stride=stride)
     return columns.unflatten(1, (groups, -1)), delta.flatten(2).unflatten(1, (groups, -1))
 
 
 def _grouped_weight_rows(call: Call, part: slice) -> Tensor:
     """The same as one convolution with the examples as channel groups; on a CPU about twice as fast as unfolding."""
-    x, delta, size, stride, dilation = _picture(call, part)
+    x, delta, size, stride, dilation, padding = _picture(call, part)
     m, groups = len(x), _sizes(call)[0]
     shape = (m * delta.shape[1], x.shape[1] // groups, *size)
     images, slopes = (t.reshape(1, -1, *t.shape[2:]) for t in (x, delta))
-    return conv2d_weight(images, shape, slopes, stride=stride, dilation=dilation, groups=m * groups).reshape(
-        m, -1
+    weights = conv2d_weight(
+        images, shape, slopes, stride=stride, padding=padding, dilation=dilation, groups=m * groups
     )
+    return weights.reshape(m, -1)
 
 
 Pair = tuple[int, int]
 
 
-def _picture(call: Call, part: slice) -> tuple[Tensor, Tensor, Pair, Pair, Pair]:
-    """Padded input and output gradient as pictures, with kernel size, stride and dilation; 1-d has height 1."""
+def _picture(call: Call, part: slice) -> tuple[Tensor, Tensor, Pair, Pair, Pair, Pair]:
+    """Input and output gradient as pictures, with kernel size, stride, dilation and padding; 1-d has height 1.
+
+    The input comes padded where convolutions cannot pad so themselves: not by zeros, or more on one side.
+    """
     x, delta, module = call.x[part], call.delta[part], call.module
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     size, stride, dilation = module.kernel_size, module.stride, module.dilation
+    ends = module._reversed_padding_repeated_twice  # (left, right), last dimension first
+    before, after = tuple(ends[-2::-2]), tuple(ends[::-2])
+    if module.padding_mode != "zeros" or before != after:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, before = F.pad(x, ends, mode=mode), (0,) * len(before)
     if isinstance(module, nn.Conv1d):
-        x, delta, size, stride, dilation = (
-            x[:, :, None],
-            delta[:, :, None],
-            (1, *size),
-            (1, *stride),
-            (1, *dilation),
-        )
-    return x, delta, (size[0], size[1]), (stride[0], stride[1]), (dilation[0], dilation[1])
+        x, delta = x[:, :, None], delta[:, :, None]
+        size, stride, dilation, before = (1, *size), (1, *stride), (1, *dilation), (0, *before)
+    pairs = [(pair[0], pair[1]) for pair in (size, stride, dilation, before)]
+    return x, delta, pairs[0], pairs[1], pairs[2], pairs[3]
 
 
 # --- embeddings --------------------------------------------------------------------------------------------

@@ -240,14 +240,12 @@ def gradient_norms(
     parameters of other layers, or used more than once, go through per-example gradients.
 
     Args:
-        chunk: examples at once; default: the batch, or for the direct part what fits 128 MiB.
+        chunk: examples at once; default: the batch, of which the direct part takes what fits 128 MiB.
         return_tier: give a :class:`GradNorms`, which also says which tier was used and has norms by block.
     """
     one_of("tier", tier, TIERS)
     refuse_coupled(problem)
     engine = Engine(problem, problem.resolve(params), False, tier)
-    if chunk is None and not engine.layerwise:
-        chunk = max(1, _BUDGET // problem.space.size)
     parts = []
     for batch in problem.batches():
         for part in batch.split(None if chunk is None else whole("chunk", chunk)):
@@ -287,11 +285,23 @@ def gradient_stats(
 ) -> GradStats:
     """GradStats of the whole problem, by its groups if it has any (every id below the largest counts as a group)."""
     if problem.groups is None and not second:
-        squares = gradient_norms(problem, params, chunk, return_tier=True).squares.sum(0, dtype=torch.float64)
-        mean = problem.space.flatten(gradient(problem, params)).double()
-        return GradStats(problem.space).update_sums(problem.n, mean * problem.n, squares)
+        return _plain_stats(problem, params, chunk)
     count = 1 if problem.groups is None else int(problem.groups.max()) + 1
     stats = GradStats(problem.space, count, second)
     for part, rows in _pieces(problem, params, chunk, "auto", _scratch(problem)):
         stats.update(rows, part.groups)
+    return stats
+
+
+def _plain_stats(problem: Problem, params: ParamValues | None, chunk: int | None) -> GradStats:
+    """One pass that gives norms and the sum together; per-example gradients of readable layers are never formed."""
+    refuse_coupled(problem)
+    engine = Engine(problem, problem.resolve(params), False, "auto")
+    stats = GradStats(problem.space)
+    for batch in problem.batches():
+        for part in batch.split(None if chunk is None else whole("chunk", chunk)):
+            squares, totals = engine.sums(part)
+            norm2 = torch.stack([squares[k].sum(dtype=torch.float64) for k in problem.space.names])
+            total = torch.cat([totals[k].double() for k in problem.space.names])
+            stats.update_sums(part.size, total, norm2)
     return stats

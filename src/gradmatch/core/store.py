@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and run folders that a killed job can continue from.
 
-Tensors are kept as safetensors and everything else as JSON; nothing is ever unpickled.
+Tensors are kept as safetensors and everything else as JSON; nothing is ever unpickled. ``GradientStore``, per-example
+gradient features on disk, is one such folder; it loads when used, as it needs the gradient engine.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradmatch.core import checks
+
+if TYPE_CHECKING:
+    from gradmatch.core._gradient_store import GradientStore as GradientStore
 
 _STATE = "state.safetensors"
 _CONFIG = "run.json"
@@ -188,3 +192,11 @@ def restored_generator(state: Tensor, device: torch.device | str = "cpu") -> tor
     generator = torch.Generator(device)
     generator.set_state(state.to(torch.uint8).cpu())
     return generator
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GradientStore":
+        from gradmatch.core import _gradient_store
+
+        return _gradient_store.GradientStore
+    raise AttributeError(f"module 'gradmatch.core.store' has no attribute {name!r}")
