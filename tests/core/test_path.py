@@ -123,6 +123,19 @@ def test_steps_stay_on_the_path_and_their_inverse_brings_them_back(name: str, ki
 
 @each
 @pytest.mark.parametrize("kind", KINDS)
+def test_aiming_at_a_point_reaches_it(name: str, kind: str) -> None:
+    path, _, (high, middle, low) = PATHS[name]
+    x, y = randn(6, 3, 4), randn(6, 3, 4, seed=1)
+    for t, t_next in ((high, middle), (middle, low), (low, middle)):
+        p = path.aim(kind, x, y, t, t_next)
+        assert p.kind == kind
+        assert torch.allclose(path.step(x, p, t, t_next), y, rtol=1e-7, atol=1e-7)
+    each_time = path.aim(kind, x, y, torch.full((6,), float(high)), torch.full((6,), float(middle)))
+    assert torch.allclose(each_time.tensor, path.aim(kind, x, y, high, middle).tensor)
+
+
+@each
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_agrees_with_float64(name: str, kind: str) -> None:
     path, _, (high, middle, _) = PATHS[name]
     x0, noise, p = randn(6, 3, 4), randn(6, 3, 4, seed=1), randn(6, 3, 4, seed=2)

@@ -75,6 +75,9 @@ class Levels(NamedTuple):
 class AffinePath(Path):
     """x_t = alpha(t) x0 + sigma(t) noise (+ offset(t)); a path is a class with :meth:`levels`."""
 
+    ends: tuple[float | None, float | None] = (None, None)
+    """The times of noise and of data, where the path has only one."""
+
     def __init__(self) -> None:
         self._known: dict[tuple[str, str, float, float], tuple[float, float]] = {}
 
@@ -149,6 +152,14 @@ class AffinePath(Path):
         )
         inner = (_minus(x_next, self.offset(t_next)) - rest) / self._wide(scale_x, x_next)
         return _plus(inner, self.offset(t))
+
+    def aim(self, kind: str, x: Tensor, x_next: Tensor, t: Time, t_next: Time) -> Prediction:
+        """The prediction of ``kind`` at (x, t) with which :meth:`step` lands on ``x_next``."""
+        scale_x, scale_p = self._coefficients("step", kind, t, t_next)
+        rest = _minus(x_next, self.offset(t_next)) - self._wide(scale_x, x) * _minus(x, self.offset(t))
+        return Prediction(
+            kind, _plus(rest / self._wide(scale_p, x), self.d_offset(t) if kind == "velocity" else None)
+        )
 
     def _apply(
         self, x: Tensor, prediction: Prediction, t: Time, scale_x: Tensor | float, scale_p: Tensor | float

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core._schedulers import noise_path, path_times, prediction_kind, reader
 from gradmatch.core.guidance import GradientGuide
-from gradmatch.core.path import AffinePath, Prediction
+from gradmatch.core.path import Prediction
 from gradmatch.core.sampler import as_times
 
 __all__ = [
@@ -156,17 +155,9 @@ class GuideCallback:
         t, t_next = self._times[index], self._times[index + 1]
         path = self._path
         after, before = kwargs["latents"], self._before
-        said = _x0_of(path, before, after, t, t_next)
-        moved = self.guide.wrap(lambda *_: Prediction("x0", said), path)(before, t)
-        if moved.tensor is not said:
+        said = path.aim("x0", before, after, t, t_next)
+        moved = self.guide.wrap(lambda *_: said, path)(before, t)
+        if moved is not said:
             after = path.step(before, moved, t, t_next)
         self._before = after
         return {"latents": after}
-
-
-def _x0_of(path: AffinePath, before: Tensor, after: Tensor, t: float, t_next: float) -> Tensor:
-    """The x0 held fixed in the step from ``before`` to ``after``."""
-    zero = Prediction("x0", torch.zeros_like(before))
-    rest = path.step(before, zero, t, t_next)
-    one = path.step(torch.zeros_like(before[:1]), Prediction("x0", torch.ones_like(before[:1])), t, t_next)
-    return (after - rest) / one

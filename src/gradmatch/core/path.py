@@ -43,6 +43,8 @@ class LinearPath(AffinePath):
         eps: noise left at t = 0; 0 by default.
     """
 
+    ends = (1.0, 0.0)
+
     def __init__(self, eps: float = 0.0) -> None:
         super().__init__()
         self.eps = checks.fraction("eps", eps, zero=True, one=False)
@@ -70,6 +72,8 @@ class VariancePreserving(AffinePath):
         final: alpha^2 at the clean end; 1 is data, ``alphas_cumprod[0]`` what diffusers' ``set_alpha_to_one=False``
             means.
     """
+
+    ends = (None, -1.0)
 
     def __init__(self, alphas_cumprod: Tensor, final: float = 1.0) -> None:
         super().__init__()
