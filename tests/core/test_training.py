@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradmatch.core.checks import InputError
+from gradmatch.core.checks import InputError, finite
 from gradmatch.core.store import RunFolder
 from gradmatch.core.training import seed_of, train
 
@@ -110,6 +110,18 @@ def test_nan_stops_with_the_step_named() -> None:
         train(module, loss, 9, after=lambda k: weights.append(module.weight.item()))
     assert module.weight.item() == weights[-1]
     assert len(weights) == 3
+
+
+def test_bad_data_stop_with_the_step_named() -> None:
+    module, count = nn.Linear(1, 1), [0]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        count[0] += 1
+        x = torch.full((2, 1), torch.inf if count[0] == 3 else 1.0)
+        return module(finite("images", x)).sum()
+
+    with pytest.raises(InputError, match="Step 3 of training stops: images has 2 NaN or infinite"):
+        train(module, loss, 9)
 
 
 def test_frozen_parameters_are_left_alone() -> None:

@@ -137,7 +137,10 @@ def _step(
     step: int,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
-    value = loss(generator)
+    try:
+        value = loss(generator)
+    except checks.InputError as error:
+        raise checks.InputError(f"Step {step + 1} of training stops: {error}") from error
     checks.require(
         isinstance(value, Tensor) and value.ndim == 0,
         f"the loss of step {step + 1} is of shape {tuple(getattr(value, 'shape', ()))}; it must be a scalar.",
