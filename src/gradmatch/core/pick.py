@@ -1,6 +1,6 @@
-"""Greedy selection of a few items that stand for many.
+"""Greedy selection of a few items that stand for many, or of a few atoms that make up a target.
 
-Every selector returns the picks of plain greedy selection (highest gain in float64 first, ties by lowest
+Every selector of items returns the picks of plain greedy selection (highest gain in float64 first, ties by lowest
 index), but none of them computes all gains from nothing for each pick. Bulk work runs in the precision of the
 input; candidates within rounding of the best are compared again in float64. Gains that differ by less than
 float64 rounding count as ties, so that duplicates do not depend on the order in which a matrix product sums.
@@ -20,10 +20,12 @@ from gradmatch.core import checks
 from gradmatch.core._facility import facility_location
 from gradmatch.core._graph_cut import graph_cut, graph_cut_bins
 from gradmatch.core._greedy import Picks
+from gradmatch.core._omp import batch_omp
 from gradmatch.core._spread import herding, log_det
 
 __all__ = [
     "Picks",
+    "batch_omp",
     "by_class",
     "facility_location",
     "graph_cut",
