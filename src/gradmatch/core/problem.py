@@ -64,13 +64,17 @@ def next_token(outputs: Tensor, target: Tensor | Mapping[str, Tensor]) -> Tensor
     ``target`` is token ids [m, T], with -100 where nothing counts, or a batch dict with "input_ids" and perhaps
     "attention_mask". An example in which no token counts has loss 0.
     """
+    following = following_tokens(target)
+    losses = F.cross_entropy(outputs[:, :-1].transpose(1, 2), following, reduction="none", ignore_index=-100)
+    return losses.sum(1) / (following != -100).sum(1).clamp(min=1)
+
+
+def following_tokens(target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The token [m, T - 1] that follows each position but the last, -100 where nothing counts."""
     if isinstance(target, Mapping):
         ids, mask = target["input_ids"], target.get("attention_mask")
         target = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    losses = F.cross_entropy(
-        outputs[:, :-1].transpose(1, 2), target[:, 1:], reduction="none", ignore_index=-100
-    )
-    return losses.sum(1) / (target[:, 1:] != -100).sum(1).clamp(min=1)
+    return target[:, 1:]
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "next_token": next_token}

@@ -1,0 +1,251 @@
+"""Products with second derivatives of one batch, from graphs that are built once and read many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gradmatch.core._batches import Batch
+from gradmatch.core.checks import InputError, require
+from gradmatch.core.problem import Problem, following_tokens, twice_differentiable
+
+Metric = Callable[[Tensor], Tensor]
+"""U [b, m, ...] -> M U for a symmetric M with one block an example, in the space of the outputs."""
+Product = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Blocks [b, *shape] of b vectors -> blocks of their products."""
+
+
+class Pull:
+    """(d outputs / d inputs)^T on several vectors at once, from a graph that is kept.
+
+    ``batched`` turns False for good where an operation has no batched backward; vectors then go one by one.
+    """
+
+    def __init__(self) -> None:
+        self.batched = True
+
+    def __call__(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """For each k, sum_i of (d outputs_i / d inputs)^T vectors_i[k], as blocks [b, *shape] of the inputs."""
+        width = len(vectors[0])
+        used = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+        if not used:
+            return [torch.zeros((width, *x.shape), dtype=x.dtype, device=x.device) for x in inputs]
+        tops, slopes = zip(*used, strict=True)
+        if width > 1 and self.batched:
+            try:
+                return _grad(tops, inputs, slopes, width)
+            except RuntimeError:  # the formulas of some derivatives cannot be batched; single vectors decide
+                found = self._each(tops, inputs, slopes)
+                self.batched = False
+                return found
+        return self._each(tops, inputs, slopes)
+
+    @staticmethod
+    def _each(tops: Sequence[Tensor], inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
+        rows = [_grad(tops, inputs, [v[k] for v in slopes], None) for k in range(len(slopes[0]))]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _grad(
+    tops: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], width: int | None
+) -> list[Tensor]:
+    found = torch.autograd.grad(
+        tops, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=width is not None
+    )
+    batch = () if width is None else (width,)
+    return [x.new_zeros((*batch, *x.shape)) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _slopes(value: Tensor, leaves: Sequence[Tensor], vector: Tensor | None = None) -> list[Tensor]:
+    """Gradients of ``value`` in the leaves, with their graph."""
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in leaves]
+    grads = torch.autograd.grad(
+        value, leaves, vector, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    _refuse_ends(grads)
+    return list(grads)
+
+
+def _refuse_ends(grads: Sequence[Tensor]) -> None:
+    """Raise if a graph has a place that must not be differentiated again.
+
+    Such a place (of ``once_differentiable``) is joined to no parameter, so autograd would pass it by without a word.
+    """
+    todo, seen = [g.grad_fn for g in grads], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("it has a function that is differentiable only once")
+        todo += [following for following, _ in node.next_functions]
+
+
+def hessian_product(problem: Problem, leaves: Mapping[str, Tensor], batch: Batch, pull: Pull) -> Product:
+    """V -> H V, H the Hessian of the batch's summed loss."""
+    with torch.enable_grad(), twice_differentiable():
+        slopes = _slopes(problem.batch_losses(leaves, batch).sum(), list(leaves.values()))
+    return lambda vectors: pull(slopes, list(leaves.values()), vectors)
+
+
+def residual_product(problem: Problem, leaves: Mapping[str, Tensor], batch: Batch, pull: Pull) -> Product:
+    """V -> R V, R the Hessian of sum_c (dl / df_c) f_c with the loss's slope held: H without J^T B J."""
+    with torch.enable_grad(), twice_differentiable():
+        outputs = _outputs(problem, leaves, batch)
+        slope = loss_slope(problem, outputs, batch)[1].detach()
+        slopes = _slopes((outputs * slope).sum(), list(leaves.values()))
+    return lambda vectors: pull(slopes, list(leaves.values()), vectors)
+
+
+def metric_product(
+    problem: Problem,
+    leaves: Mapping[str, Tensor],
+    batch: Batch,
+    pull: Pull,
+    metric: Callable[[Tensor, Batch], Metric],
+) -> Product:
+    """V -> J^T M J V for the metric M that ``metric`` makes of the outputs.
+
+    J V is read off the graph of u -> J^T u, which is linear in u: its own transpose.
+    """
+    blocks = list(leaves.values())
+    with torch.enable_grad(), twice_differentiable():
+        outputs = _outputs(problem, leaves, batch)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        back = _slopes(outputs, blocks, u)
+        multiply = metric(outputs.detach(), batch)
+
+    def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+        moved = pull(back, [u], vectors)[0]
+        return pull([outputs], blocks, [multiply(moved)])
+
+    return product
+
+
+def _outputs(problem: Problem, leaves: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    outputs = problem.outputs(leaves, batch.inputs)
+    require(
+        isinstance(outputs, Tensor),
+        f"model gives {type(outputs).__name__}; this curvature needs outputs that are one tensor.",
+    )
+    return outputs
+
+
+def loss_slope(problem: Problem, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The outputs z as a leaf, and the gradient of the batch's summed loss in z with its graph."""
+    with torch.enable_grad():
+        z = outputs.detach().requires_grad_()
+        return z, _slopes(problem.losses(z, batch.target, batch.size).sum(), [z])[0]
+
+
+def loss_metric(problem: Problem, outputs: Tensor, batch: Batch, pull: Pull) -> Metric:
+    """B, the Hessian of the loss in the outputs."""
+    z, slope = loss_slope(problem, outputs, batch)
+    return lambda vectors: pull([slope], [z], [vectors])[0]
+
+
+def outer_metric(slopes: Tensor, axes: tuple[int, ...]) -> Metric:
+    """Mean over s of r_s r_s^T of slopes r [S, m, ...], a block for all that ``axes`` (of [m, ...]) do not span."""
+    own = tuple(a + 1 for a in axes)
+
+    def multiply(vectors: Tensor) -> Tensor:
+        parts = [r * ((r * vectors).sum(own, keepdim=True) if own else r * vectors) for r in slopes]
+        return torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+
+    return multiply
+
+
+LIKELIHOODS = ("cross_entropy", "mse", "next_token")
+"""Losses that are negative log-likelihoods: of classes, of a Gaussian of variance D / 2 for D entries, of tokens."""
+
+
+def class_axes(problem: Problem, outputs: Tensor) -> tuple[int, ...]:
+    """Axes of the outputs [m, ...] that one draw from the model's distribution spans."""
+    if problem.loss_name == "mse":
+        return tuple(range(1, outputs.ndim))
+    return (1,) if problem.loss_name == "cross_entropy" else (outputs.ndim - 1,)
+
+
+def sampled_slopes(
+    problem: Problem, outputs: Tensor, batch: Batch, samples: int, generator: torch.Generator
+) -> Tensor:
+    """Slopes [S, m, ...] of the loss for targets drawn from the model, scaled so that the mean of r r^T is B.
+
+    Where an example has several positions (pixels, tokens), each is a draw of its own, weighted as in the loss.
+    """
+    if problem.loss_name == "mse":
+        entries = outputs[0].numel() if outputs.ndim > 1 else 1
+        noise = torch.randn((samples, *outputs.shape), generator=generator, device=generator.device)
+        return noise.to(outputs) * (2 / entries) ** 0.5
+    axis = class_axes(problem, outputs)[0]
+    p = outputs.softmax(axis).movedim(axis, -1)
+    flat = p.reshape(-1, p.shape[-1]).to(generator.device)
+    drawn = torch.multinomial(flat, samples, True, generator=generator).T.reshape(samples, *p.shape[:-1])
+    hot = nn.functional.one_hot(drawn.to(p.device), p.shape[-1]).to(p.dtype)
+    weight = _position_weights(problem, outputs, batch)
+    return ((p - hot) * weight.sqrt()[..., None]).movedim(-1, axis + 1 if axis == 1 else -1)
+
+
+def _position_weights(problem: Problem, outputs: Tensor, batch: Batch) -> Tensor:
+    """What each position [m, ...] counts in its example's loss."""
+    if problem.loss_name == "cross_entropy":
+        shape = (outputs.shape[0], *outputs.shape[2:])
+        return torch.full(
+            shape, 1 / max(1, outputs[0, 0].numel()), dtype=outputs.dtype, device=outputs.device
+        )
+    counts = (following_tokens(batch.target) != -100).to(outputs.dtype)
+    weights = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([weights, torch.zeros_like(weights[:, :1])], 1)
+
+
+# --- naming the module that cannot be differentiated twice --------------------------------------------------
+
+
+def refuse_once_differentiable(problem: Problem, error: RuntimeError) -> None:
+    """Raise a sentence that names the first module without a double backward, if there is one."""
+    if problem.module is None:
+        return
+    seen: list[tuple[str, nn.Module, Any]] = []
+    leaves = [(n, m) for n, m in problem.module.named_modules() if not list(m.children())]
+    hooks = [
+        m.register_forward_hook(lambda m, inputs, _, n=n: seen.append((n, m, inputs))) for n, m in leaves
+    ]
+    try:
+        with torch.no_grad():
+            problem.outputs(problem.resolve(), next(problem.batches()).take(slice(0, 1)).inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, module, inputs in seen:
+        if not _twice(module, inputs):
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise InputError(
+                f"model has {name!r} ({type(module).__name__}), which cannot be differentiated twice: {reason}."
+            ) from error
+
+
+def _twice(module: nn.Module, inputs: Any) -> bool:
+    at = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tree_leaves(inputs)]
+    try:
+        with torch.enable_grad(), twice_differentiable():
+            value = sum(
+                o.square().sum()
+                for o in tree_leaves(module(*at))
+                if isinstance(o, Tensor) and o.requires_grad
+            )
+            wrt = [t for t in (*at, *module.parameters()) if t.requires_grad]
+            if not isinstance(value, Tensor) or not wrt:
+                return True
+            slopes = _slopes(value, wrt)
+            Pull()(slopes, wrt, [torch.ones_like(s)[None] for s in slopes])
+    except RuntimeError:
+        return False
+    return True
