@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.optim._parts import optimizer_state_bytes
+    from gradmatch.optim.closure_trainer import ClosureTrainer
 
 _HOMES = {
+    "ClosureTrainer": "closure_trainer",
     "optimizer_state_bytes": "_parts",
 }
 
 __all__ = [
+    "ClosureTrainer",
     "optimizer_state_bytes",
 ]
 
