@@ -47,10 +47,11 @@ def test_version_and_bare_program(run):
     assert all(c in bare.stdout for c in COMMANDS)
 
 
-def test_help_needs_no_heavy_library():
+@pytest.mark.parametrize("words", [["distill", "--help"], ["list"], ["show", "dcc"]])
+def test_help_and_catalogue_need_no_heavy_library(words):
     code = (
         "import sys; from gradmatch.cli import app\n"
-        "try: app(['distill', '--help'])\n"
+        f"try: app({words})\n"
         "except SystemExit as e: assert e.code == 0\n"
         "print('torch' in sys.modules, file=sys.stderr)"
     )

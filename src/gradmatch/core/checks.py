@@ -1,17 +1,18 @@
 """Argument checks: bad input is refused before work starts, in one sentence.
 
 Every check raises :class:`InputError`, whose message names the argument, what it got and what it needs.
-The command line prints that sentence and exits with code 2.
+The command line prints that sentence and exits with code 2. The module itself does not load torch, so that the
+catalogue, which needs none, answers at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -84,8 +85,8 @@ def fraction(name: str, value: Any, *, zero: bool = False, one: bool = True) -> 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
     """Return ``tensor`` if it has no NaN and no infinity; the message counts them otherwise."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        bad = int((~tensor.isfinite()).sum())
         raise InputError(f"{name} has {bad} NaN or infinite values of {tensor.numel()}; it must be finite.")
     return tensor
 
@@ -103,6 +104,8 @@ def labels(name: str, y: Tensor, classes: int | None = None) -> int:
 
     Labels must be whole numbers in one dimension. With ``classes`` given, each of 0..classes-1 must occur.
     """
+    import torch
+
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         raise InputError(
             f"{name} is {y.dtype} of shape {tuple(y.shape)}; it must be whole numbers of shape (n,)."
