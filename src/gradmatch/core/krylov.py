@@ -5,8 +5,8 @@ sparse matrix, a torch tensor (dense, COO, CSR), an array, or a function V -> A 
 in blocks [P, b], so an operator that is faster on several vectors is used that way.
 
 ======================  =================================================================================
-:func:`cg`              A x = b for one or many b; preconditioned (:func:`jacobi` or your own), deflated
-                        (:class:`Deflation`); every right-hand side ends on its own
+:func:`cg`              A x = b for one or many b; preconditioned (:func:`jacobi`, :func:`incomplete_cholesky` or
+                        your own), deflated (:class:`Deflation`); every right-hand side ends on its own
 :func:`lanczos`         tridiagonal T = Q^T A Q with full reorthogonalisation, several starts at once
 :func:`eigenpairs`      largest and smallest eigenvalues, by block Lanczos with thick restarts
 :func:`hutchinson`      trace from random signs; :func:`hutchinson_diagonal` the diagonal
@@ -20,6 +20,7 @@ Random vectors come from an explicit generator; estimates carry their standard e
 from __future__ import annotations
 
 from gradmatch.core._cg import Deflation, Solution, cg, jacobi
+from gradmatch.core._incomplete import incomplete_cholesky
 from gradmatch.core._lanczos import Eigenpairs, Lanczos, eigenpairs, lanczos
 from gradmatch.core._operators import (
     FunctionOperator,
@@ -57,6 +58,7 @@ __all__ = [
     "hutchinson",
     "hutchinson_diagonal",
     "hutchpp",
+    "incomplete_cholesky",
     "jacobi",
     "lanczos",
     "probe_vectors",
