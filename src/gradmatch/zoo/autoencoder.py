@@ -59,23 +59,36 @@ def fit_autoencoder(
     seed: int = 0,
     progress: Progress | None = None,
     run: RunFolder | None = None,
+    save_every: float = 30.0,
 ) -> Trained:
     """Train ``vae``: mean squared error of reconstructions from posterior samples, plus a divergence from N(0, 1).
 
     Args:
         vae: of :func:`autoencoder`, trained in place.
         images: (n, c, h, w), on the device of ``vae``.
-        steps, lr, batch, seed, progress, run: as in :func:`gradmatch.core.training.train`; the rate falls by a cosine.
+        steps, lr, batch, seed, progress, run, save_every: as in
+            :func:`gradmatch.core.training.train`; the rate falls by a cosine.
         kl: weight of the divergence of an image, both terms divided by its pixels; 1e-4.
     """
     checks.finite("images", images)
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = images[torch.randint(len(images), (batch,), generator=generator)]
+        x = images[torch.randint(len(images), (batch,), generator=generator, device=generator.device)]
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
+        z = posterior.mean + posterior.std * noise
         error = (vae.decode(z).sample - x).square().flatten(1).sum(1)
         total: Tensor = ((error + kl * posterior.kl()) / x[0].numel()).mean()
         return total
 
-    return train(vae, loss, steps, lr=lr, schedule="cosine", seed=seed, progress=progress, run=run)
+    return train(
+        vae,
+        loss,
+        steps,
+        lr=lr,
+        schedule="cosine",
+        seed=seed,
+        progress=progress,
+        run=run,
+        save_every=save_every,
+    )
