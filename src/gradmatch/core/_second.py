@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradmatch.core._batches import Batch
 from gradmatch.core.checks import InputError, require
-from gradmatch.core.problem import Problem, following_tokens, twice_differentiable
+from gradmatch.core.problem import Problem, twice_differentiable
 
 Metric = Callable[[Tensor], Tensor]
 """U [b, m, ...] -> M U for a symmetric M with one block an example, in the space of the outputs."""
@@ -62,7 +62,7 @@ def _grad(
     return [x.new_zeros((*batch, *x.shape)) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def _slopes(value: Tensor, leaves: Sequence[Tensor], vector: Tensor | None = None) -> list[Tensor]:
+def slopes_of(value: Tensor, leaves: Sequence[Tensor], vector: Tensor | None = None) -> list[Tensor]:
     """Gradients of ``value`` in the leaves, with their graph."""
     if not value.requires_grad:
         return [torch.zeros_like(p) for p in leaves]
@@ -92,7 +92,7 @@ def _refuse_ends(grads: Sequence[Tensor]) -> None:
 def hessian_product(problem: Problem, leaves: Mapping[str, Tensor], batch: Batch, pull: Pull) -> Product:
     """V -> H V, H the Hessian of the batch's summed loss."""
     with torch.enable_grad(), twice_differentiable():
-        slopes = _slopes(problem.batch_losses(leaves, batch).sum(), list(leaves.values()))
+        slopes = slopes_of(problem.batch_losses(leaves, batch).sum(), list(leaves.values()))
     return lambda vectors: pull(slopes, list(leaves.values()), vectors)
 
 
@@ -100,8 +100,9 @@ def residual_product(problem: Problem, leaves: Mapping[str, Tensor], batch: Batc
     """V -> R V, R the Hessian of sum_c (dl / df_c) f_c with the loss's slope held: H without J^T B J."""
     with torch.enable_grad(), twice_differentiable():
         outputs = _outputs(problem, leaves, batch)
-        slope = loss_slope(problem, outputs, batch)[1].detach()
-        slopes = _slopes((outputs * slope).sum(), list(leaves.values()))
+        z = outputs.detach().requires_grad_()
+        slope = slopes_of(problem.losses(z, batch.target, batch.size).sum(), [z])[0].detach()
+        slopes = slopes_of((outputs * slope).sum(), list(leaves.values()))
     return lambda vectors: pull(slopes, list(leaves.values()), vectors)
 
 
@@ -120,7 +121,7 @@ def metric_product(
     with torch.enable_grad(), twice_differentiable():
         outputs = _outputs(problem, leaves, batch)
         u = torch.zeros_like(outputs, requires_grad=True)
-        back = _slopes(outputs, blocks, u)
+        back = slopes_of(outputs, blocks, u)
         multiply = metric(outputs.detach(), batch)
 
     def product(vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -137,73 +138,6 @@ def _outputs(problem: Problem, leaves: Mapping[str, Tensor], batch: Batch) -> Te
         f"model gives {type(outputs).__name__}; this curvature needs outputs that are one tensor.",
     )
     return outputs
-
-
-def loss_slope(problem: Problem, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The outputs z as a leaf, and the gradient of the batch's summed loss in z with its graph."""
-    with torch.enable_grad():
-        z = outputs.detach().requires_grad_()
-        return z, _slopes(problem.losses(z, batch.target, batch.size).sum(), [z])[0]
-
-
-def loss_metric(problem: Problem, outputs: Tensor, batch: Batch, pull: Pull) -> Metric:
-    """B, the Hessian of the loss in the outputs."""
-    z, slope = loss_slope(problem, outputs, batch)
-    return lambda vectors: pull([slope], [z], [vectors])[0]
-
-
-def outer_metric(slopes: Tensor, axes: tuple[int, ...]) -> Metric:
-    """Mean over s of r_s r_s^T of slopes r [S, m, ...], a block for all that ``axes`` (of [m, ...]) do not span."""
-    own = tuple(a + 1 for a in axes)
-
-    def multiply(vectors: Tensor) -> Tensor:
-        parts = [r * ((r * vectors).sum(own, keepdim=True) if own else r * vectors) for r in slopes]
-        return torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
-
-    return multiply
-
-
-LIKELIHOODS = ("cross_entropy", "mse", "next_token")
-"""Losses that are negative log-likelihoods: of classes, of a Gaussian of variance D / 2 for D entries, of tokens."""
-
-
-def class_axes(problem: Problem, outputs: Tensor) -> tuple[int, ...]:
-    """Axes of the outputs [m, ...] that one draw from the model's distribution spans."""
-    if problem.loss_name == "mse":
-        return tuple(range(1, outputs.ndim))
-    return (1,) if problem.loss_name == "cross_entropy" else (outputs.ndim - 1,)
-
-
-def sampled_slopes(
-    problem: Problem, outputs: Tensor, batch: Batch, samples: int, generator: torch.Generator
-) -> Tensor:
-    """Slopes [S, m, ...] of the loss for targets drawn from the model, scaled so that the mean of r r^T is B.
-
-    Where an example has several positions (pixels, tokens), each is a draw of its own, weighted as in the loss.
-    """
-    if problem.loss_name == "mse":
-        entries = outputs[0].numel() if outputs.ndim > 1 else 1
-        noise = torch.randn((samples, *outputs.shape), generator=generator, device=generator.device)
-        return noise.to(outputs) * (2 / entries) ** 0.5
-    axis = class_axes(problem, outputs)[0]
-    p = outputs.softmax(axis).movedim(axis, -1)
-    flat = p.reshape(-1, p.shape[-1]).to(generator.device)
-    drawn = torch.multinomial(flat, samples, True, generator=generator).T.reshape(samples, *p.shape[:-1])
-    hot = nn.functional.one_hot(drawn.to(p.device), p.shape[-1]).to(p.dtype)
-    weight = _position_weights(problem, outputs, batch)
-    return ((p - hot) * weight.sqrt()[..., None]).movedim(-1, axis + 1 if axis == 1 else -1)
-
-
-def _position_weights(problem: Problem, outputs: Tensor, batch: Batch) -> Tensor:
-    """What each position [m, ...] counts in its example's loss."""
-    if problem.loss_name == "cross_entropy":
-        shape = (outputs.shape[0], *outputs.shape[2:])
-        return torch.full(
-            shape, 1 / max(1, outputs[0, 0].numel()), dtype=outputs.dtype, device=outputs.device
-        )
-    counts = (following_tokens(batch.target) != -100).to(outputs.dtype)
-    weights = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return torch.cat([weights, torch.zeros_like(weights[:, :1])], 1)
 
 
 # --- naming the module that cannot be differentiated twice --------------------------------------------------
@@ -244,7 +178,7 @@ def _twice(module: nn.Module, inputs: Any) -> bool:
             wrt = [t for t in (*at, *module.parameters()) if t.requires_grad]
             if not isinstance(value, Tensor) or not wrt:
                 return True
-            slopes = _slopes(value, wrt)
+            slopes = slopes_of(value, wrt)
             Pull()(slopes, wrt, [torch.ones_like(s)[None] for s in slopes])
     except RuntimeError:
         return False

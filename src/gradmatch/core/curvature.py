@@ -29,11 +29,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradmatch.core import _second
+from gradmatch.core import _metrics, _second
 from gradmatch.core._batches import Batch
 from gradmatch.core._operators import dense
 from gradmatch.core._per_example import Engine, refuse_coupled
 from gradmatch.core.checks import InputError, finite, one_of, require, whole
+from gradmatch.core.diagonal import squared_pullbacks
 from gradmatch.core.problem import ParamValues, Problem
 
 __all__ = ["KINDS", "Curvature", "Kind"]
@@ -45,7 +46,6 @@ _KEEP = 2**30  # bytes of graphs kept from one product to the next
 _AT_ONCE = 2**27  # bytes of intermediate values that vectors multiplied together may take
 _MOST = 2**33  # bytes of the largest matrix built
 _BLOCK = 2**25  # numbers of a block of per-example rows
-_ENTRIES = 2048  # most outputs of an example whose loss Hessian is factored
 
 
 class Curvature:
@@ -100,9 +100,9 @@ class Curvature:
         problem.check_mode()
         if kind in ("fisher", "sampled_fisher"):
             require(
-                problem.loss_name in _second.LIKELIHOODS and not callable_loss(problem),
+                _metrics.is_likelihood(problem),
                 f"kind is {kind!r} and loss is {problem.loss_name!r}; a Fisher matrix needs a likelihood, one of "
-                f'{", ".join(_second.LIKELIHOODS)} (kind="ggn" and "empirical_fisher" take any loss).',
+                f'{", ".join(_metrics.LIKELIHOODS)} (kind="ggn" and "empirical_fisher" take any loss).',
             )
         if kind in ("sampled_fisher", "empirical_fisher"):
             refuse_coupled(problem)
@@ -183,22 +183,23 @@ class Curvature:
 
     def _metric(self, outputs: Tensor, batch: Batch) -> _second.Metric:
         if self.kind in ("ggn", "fisher"):
-            return _second.loss_metric(self.problem, outputs, batch, self._pull)
-        return _second.outer_metric(*self._slopes(outputs, batch))
+            return _metrics.loss_metric(self.problem, outputs, batch, self._pull)
+        return _metrics.outer_metric(*self._slopes(outputs, batch))
 
     def _slopes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
         """Slopes r [S, m, ...] with M = mean_s r_s r_s^T, and the axes that one r spans."""
         if self.kind == "empirical_fisher":
-            slope = _second.loss_slope(self.problem, outputs, batch)[1].detach()
+            slope = _metrics.loss_slope(self.problem, outputs, batch)[1].detach()
             return slope[None], tuple(range(1, outputs.ndim))
-        generator = torch.Generator(outputs.device).manual_seed(self._seed + batch.start)
-        slopes = _second.sampled_slopes(self.problem, outputs, batch, self.samples, generator)
-        return slopes, _second.class_axes(self.problem, outputs)
+        slopes = _metrics.sampled_slopes(self.problem, outputs, batch, self.samples, self._seed)
+        return slopes, _metrics.class_axes(self.problem, outputs)
 
     def _factors(self, outputs: Tensor, batch: Batch) -> Iterator[Tensor]:
         """Columns s [m, ...] of a root of M, one of each example at a time: M = sum s s^T."""
         if self.kind in ("ggn", "fisher"):
-            yield from _loss_roots(_second.loss_metric(self.problem, outputs, batch, self._pull), outputs)
+            yield from _metrics.loss_roots(
+                _metrics.loss_metric(self.problem, outputs, batch, self._pull), outputs
+            )
             return
         slopes, axes = self._slopes(outputs, batch)
         slopes = slopes / len(slopes) ** 0.5
@@ -268,28 +269,38 @@ class Curvature:
 
         For large P and those kinds, :func:`gradmatch.core.krylov.hutchinson_diagonal` estimates it.
         """
+        if self.kind in ("hessian", "residual"):
+            return self._diag_by_products()
+        refuse_coupled(self.problem)
+        if not self._one_number():
+            blocks = {k: p.detach() for k, p in self._leaves.items()}
+            sums = squared_pullbacks(
+                self.problem, lambda z, batch: torch.stack(list(self._factors(z, batch))), blocks
+            )
+            return self.problem.space.flatten(sums) / self.n
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        if self.kind not in ("hessian", "residual"):
-            for block in self.rows():
-                total += block.square().sum(0, dtype=torch.float64)
-            return (total / self.n).to(self.dtype)
+        for block in self.rows():
+            total += block.square().sum(0, dtype=torch.float64)
+        return (total / self.n).to(self.dtype)
+
+    def _one_number(self) -> bool:
+        """Whether the model's output for an example is a bare number, of shape [m] for a batch."""
+        one = next(self.problem.batches()).take(slice(0, 1))
+        with torch.no_grad():
+            return self.problem.outputs(self._leaves, one.inputs).ndim == 1
+
+    def _diag_by_products(self) -> Tensor:
+        total = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
         for start in range(0, self.shape[0], 64):
             width = min(64, self.shape[0] - start)
             unit = torch.zeros(self.shape[0], width, dtype=self.dtype, device=self.device)
             unit[start : start + width].fill_diagonal_(1)
             total[start : start + width] = self.matvec(unit)[start : start + width].diagonal()
-        return total.to(self.dtype)
+        return total
 
     def trace(self) -> float:
         """The trace, as the sum of :meth:`diag`; :func:`gradmatch.core.krylov.hutchinson` estimates it."""
         return float(self.diag().sum(dtype=torch.float64))
-
-
-def callable_loss(problem: Problem) -> bool:
-    """Whether the loss is a function of the user's, whatever its name."""
-    from gradmatch.core.problem import LOSSES
-
-    return problem.loss is not LOSSES.get(problem.loss_name)
 
 
 def refuse_large(what: str, numbers: int, dtype: torch.dtype) -> None:
@@ -300,25 +311,3 @@ def refuse_large(what: str, numbers: int, dtype: torch.dtype) -> None:
         f"{what} would take {size / 2**30:.1f} GiB, more than {_MOST // 2**30} GiB; use products "
         "(core.krylov: eigenpairs, spectral_density, hutchinson).",
     )
-
-
-def _loss_roots(metric: _second.Metric, outputs: Tensor) -> Iterator[Tensor]:
-    """Columns of a root of each example's B [D, D], those that vanish for all examples left out."""
-    m, entries = len(outputs), outputs[0].numel()
-    require(
-        entries <= _ENTRIES,
-        f"model has {entries} outputs for an example; the loss Hessian is factored for at most {_ENTRIES} "
-        '(kind="sampled_fisher" needs no factor).',
-    )
-    unit = torch.eye(entries, dtype=outputs.dtype, device=outputs.device)
-    vectors = unit[:, None].expand(entries, m, entries).reshape(entries, *outputs.shape)
-    blocks = metric(vectors).detach().reshape(entries, m, entries).transpose(0, 1)
-    values, columns = torch.linalg.eigh((blocks + blocks.mT) / 2)
-    slack = 100 * entries * torch.finfo(outputs.dtype).eps * values.abs().max()
-    require(
-        bool(values.min() >= -slack),
-        "loss is not convex in the outputs, so its Hessian there has no root; use dense() or products.",
-    )
-    for c in range(entries - 1, -1, -1):
-        if bool((values[:, c] > slack).any()):
-            yield (columns[:, :, c] * values[:, c, None].clamp(min=0).sqrt()).reshape(outputs.shape)
