@@ -358,6 +358,34 @@ def test_an_unconditional_unet_and_a_transformer_with_a_flow_scheduler() -> None
         assert torch.allclose(found.x, x, atol=1e-5)
 
 
+def test_a_transformer_that_takes_its_timestep_elsewhere() -> None:
+    """Stable Diffusion 3's second argument is the text; Flux is called with a thousandth of the timestep."""
+    torch.manual_seed(0)
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8,
+    ).eval()  # fmt: skip
+    cond = {"encoder_hidden_states": randn(2, 5, 16), "pooled_projections": randn(2, 8)}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = from_diffusers(net, scheduler)
+    found = Solver(model.times(3)).run(model, model.path, randn(2, 4, 8, 8), cond=cond)
+    x = randn(2, 4, 8, 8)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            out = net(x, timestep=timestep.expand(2), **cond).sample
+            x = scheduler.step(out, timestep, x).prev_sample
+    assert torch.allclose(found.x, x, atol=1e-5)
+    seen = []
+
+    class Flux(Toy):
+        def forward(self, sample: Tensor, timestep: Any, return_dict: bool = True) -> tuple[Tensor]:
+            seen.append(float(timestep[0]))
+            return super().forward(sample, timestep)
+
+    from_diffusers(Flux(), scheduler, timestep_scale=1e-3)(randn(2, 2), torch.full((2,), 0.25))
+    assert seen == pytest.approx([0.25])
+
+
 def test_predictions_convert_as_the_schedulers_own_formulas() -> None:
     scheduler = diffusers.DDPMScheduler()
     path = VariancePreserving(scheduler.alphas_cumprod)

@@ -39,8 +39,9 @@ class Denoiser:
         kind: what the network predicts.
     """
 
-    def __init__(self, module: nn.Module, scheduler: Any) -> None:
+    def __init__(self, module: nn.Module, scheduler: Any, timestep_scale: float = 1.0) -> None:
         self.module, self.scheduler = module, scheduler
+        self.timestep_scale = checks.positive("timestep_scale", timestep_scale)
         self.path, self._read = noise_path(scheduler), reader(scheduler)
         self.kind = "x0" if self._read.outputs else prediction_kind(scheduler)
 
@@ -49,9 +50,9 @@ class Denoiser:
             cond is None or isinstance(cond, Mapping),
             f"cond is a {type(cond).__name__}; a diffusers network needs a mapping of its arguments.",
         )
-        out = self.module(self._read.inputs(x, t), self._read.timestep(t), **(cond or {}), return_dict=False)[
-            0
-        ]
+        timestep = self._read.timestep(t) * self.timestep_scale
+        said = self.module(self._read.inputs(x, t), timestep=timestep, **(cond or {}), return_dict=False)
+        out = said[0]
         if self._read.outputs is not None:
             out = self._read.outputs(x, t, out)
         return Prediction(self.kind, out)
@@ -66,12 +67,13 @@ class Denoiser:
         return noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
 
-def from_diffusers(model: nn.Module, scheduler: Any) -> Denoiser:
+def from_diffusers(model: nn.Module, scheduler: Any, timestep_scale: float = 1.0) -> Denoiser:
     """A ``UNet2DModel``, ``UNet2DConditionModel`` or transformer with the noise levels of ``scheduler``.
 
     Args:
-        model: called as ``model(sample, timestep, **cond, return_dict=False)``.
+        model: called as ``model(x, timestep=..., **cond, return_dict=False)``.
         scheduler: its ``prediction_type`` and noise levels are read; it is not stepped.
+        timestep_scale: where a pipeline changes the scheduler's timestep before its network is called (Flux: 1e-3).
 
     Raises:
         InputError: a scheduler whose step has no inverse, in one sentence.
@@ -86,7 +88,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> Denoiser:
     checks.require(
         callable(model) and not isinstance(model, type), f"model is {model!r}; it must be a network."
     )
-    return Denoiser(model, scheduler)
+    return Denoiser(model, scheduler, timestep_scale)
 
 
 def to_scheduler(times: Any, scheduler: Any = None) -> Any:

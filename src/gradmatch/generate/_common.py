@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.bridge import Denoiser
 from gradmatch.core.path import AffinePath, LinearPath, Prediction, VariancePreserving
 from gradmatch.core.sampler import Model, as_times
+from gradmatch.core.tap import evaluating
 
 
 def as_model(
@@ -26,6 +29,14 @@ def as_model(
         return said if isinstance(said, Prediction) else Prediction(kind, said)
 
     return model, path or LinearPath(), path is not None
+
+
+@contextmanager
+def in_eval(velocity: Any) -> Iterator[None]:
+    """Within the block a network does nothing random; its parts' modes come back after it."""
+    module = velocity.module if isinstance(velocity, Denoiser) else velocity
+    with evaluating(module) if isinstance(module, nn.Module) else nullcontext():
+        yield
 
 
 def fine_grid(velocity: Any, path: AffinePath, given: bool, k_max: int, grid: Any) -> Tensor:
