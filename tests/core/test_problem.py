@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,6 +244,27 @@ def test_primitives_at_other_parameters_and_for_a_selection():
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(product, hidden @ v[:12].reshape(3, 4).T + v[12:])
     torch.testing.assert_close(problem.vjp(batch, blocks)[1](torch.ones(7, 3))[12:], torch.full((3,), 7.0))
+
+
+def test_the_same_problem_in_another_type():
+    x, y = data()
+    model = net()
+    soft = torch.softmax(torch.randn(7, 3), 1)
+    for target in (y, soft):
+        problem = Problem(model, "cross_entropy", (x, target), select="^2", batch_size=3)
+        double = problem.astype(torch.float64)
+        expected = F.cross_entropy(
+            copy.deepcopy(model).double()(x.double()),
+            target.double() if target is soft else y,
+            reduction="none",
+        )
+        torch.testing.assert_close(double.example_losses(), expected.detach())
+        assert double.space.dtype == torch.float64
+        assert double.space.names == problem.space.names == ("2.weight", "2.bias")
+        assert problem.space.dtype == model[0].weight.dtype == torch.float32
+        assert next(problem.batches()).inputs.dtype == torch.float32
+    own = Problem(lambda p, x: x @ p["w"], "cross_entropy", (x, y), params={"w": torch.randn(5, 3)})
+    assert own.astype(torch.float64).example_losses().dtype == torch.float64
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ U -> J^T U and ``loss_hessian`` is U -> B U; the Gauss-Newton matrix is their pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -164,6 +165,7 @@ class Problem:
         self.space = ParamSpace.of(model if isinstance(model, nn.Module) else dict(params or {}), select)
         self.loss: Loss = LOSSES[one_of("loss", loss, LOSSES)] if isinstance(loss, str) else loss
         self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "callable")
+        self._cast: torch.dtype | None = None
         self.check_mode()
         self.data = OrderedData(data, batch_size, check_order="order" not in self.allow)
         self.n = self.data.n
@@ -211,11 +213,26 @@ class Problem:
         self.check_mode()
         for batch in self.data:
             batch = batch if differentiable else batch.detached()
-            inputs, target = tree_map(lambda t: t.to(self.space.device), (batch.inputs, batch.target))
+            inputs, target = tree_map(self._placed, (batch.inputs, batch.target))
             groups = None
             if self.groups is not None:
                 groups = self.groups[batch.start : batch.start + batch.size].to(self.space.device)
             yield Batch(inputs, target, batch.start, groups)
+
+    def _placed(self, t: Tensor) -> Tensor:
+        return t.to(self.space.device, self._cast if t.is_floating_point() else None)
+
+    def astype(self, dtype: torch.dtype) -> Problem:
+        """The same problem in another floating type: a copy of the model's tensors, and data cast batch by batch."""
+        other = copy.copy(self)
+        other._cast = dtype
+        if self.module is not None:
+            other.model = other.module = copy.deepcopy(self.module).to(dtype)
+        else:
+            other._params = {k: p.detach().to(dtype) for k, p in self.live_params().items()}
+        found = ParamSpace.of(other.live_params())
+        other.space = found.select(self.space.names)
+        return other
 
     # --- parameters ----------------------------------------------------------------------------------------
 
