@@ -94,6 +94,9 @@ def test_targets_and_every_conversion_agree_with_the_reference(name: str, kind: 
     for t in times:
         x = path.sample(x0, noise, t)
         target = path.target(kind, x0, noise, t)
+        both = path.pair(kind, x0, noise, t)
+        assert torch.equal(both[0], x)
+        assert torch.equal(both[1], target)
         slack = 1e-6 if kind == "velocity" else 1e-12
         assert torch.allclose(target, reference(kind, name, x0, noise, t), rtol=slack, atol=slack)
         for other in KINDS:

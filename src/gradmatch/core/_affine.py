@@ -104,6 +104,16 @@ class AffinePath(Path):
         e, f = (self._wide(c, x0) for c in self._row(kind, t))
         return _plus(e * x0 + f * noise, self.d_offset(t) if kind == "velocity" else None)
 
+    def pair(self, kind: str, x0: Tensor, noise: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """(:meth:`sample`, :meth:`target`) at once, for a training step."""
+        levels = self.levels(as_double(t))
+        alpha, sigma = self._wide(levels.alpha, x0), self._wide(levels.sigma, x0)
+        x = _plus(alpha * x0 + sigma * noise, self.offset(t))
+        if kind != "velocity":
+            return x, self.target(kind, x0, noise, t)
+        slope = self._wide(levels.d_alpha, x0) * x0 + self._wide(levels.d_sigma, x0) * noise
+        return x, _plus(slope, self.d_offset(t))
+
     def convert(self, prediction: Prediction, kind: str, x: Tensor, t: Time) -> Prediction:
         """The same knowledge as another kind: ``prediction`` was made at (x, t).
 
@@ -207,15 +217,15 @@ class AffinePath(Path):
         """(e, f) with p = e x0 + f noise, where p is of ``kind``."""
         checks.one_of("kind", kind, KINDS)
         alpha, sigma, d_alpha, d_sigma = self.levels(as_double(t))
+        if kind == "velocity":
+            return d_alpha, d_sigma
+        if kind == "v":
+            r = torch.hypot(alpha, sigma)
+            return -sigma / r, alpha / r
+        if kind == "score":
+            return torch.zeros_like(alpha), -1 / _held(sigma)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        r = torch.hypot(alpha, sigma)
-        return {
-            "x0": (one, zero),
-            "noise": (zero, one),
-            "v": (-sigma / r, alpha / r),
-            "velocity": (d_alpha, d_sigma),
-            "score": (zero, -1 / _held(sigma)),
-        }[kind]
+        return (one, zero) if kind == "x0" else (zero, one)
 
     @staticmethod
     def _wide(c: Tensor | float, like: Tensor) -> Tensor | float:

@@ -66,9 +66,8 @@ class Calls:
 
     def _add(self, rows: int) -> None:
         active = self.examples if self.index is None else len(self.index)
-        checks.require(
-            rows % active == 0, f"a model was called on {rows} rows; the batch has {active} examples."
-        )
+        if rows % active:
+            checks.refuse(f"a model was called on {rows} rows; the batch has {active} examples.")
         if self.index is None:
             self.everyone += rows // active
             return
@@ -268,14 +267,14 @@ def as_times(times: Sequence[float] | Tensor) -> Tensor:
 def predicted(state: State, hooks: Sequence[Hook], x: Tensor, t: Time, cond: Any = None) -> Prediction:
     """What the model and then the hooks say at (x, t)."""
     said = state.model(x, t, state.cond if cond is None else cond)
-    checks.require(
-        isinstance(said, Prediction),
-        f"the model gave a {type(said).__name__}; it must give a Prediction (Network(module, kind) makes one).",
-    )
-    checks.require(
-        said.tensor.shape == x.shape,
-        f"the model gave shape {tuple(said.tensor.shape)}; it must give that of x, {tuple(x.shape)}.",
-    )
+    if not isinstance(said, Prediction):  # the sentences are not made unless they are needed
+        checks.refuse(
+            f"the model gave a {type(said).__name__}; it must give a Prediction (Network(module, kind) makes one)."
+        )
+    if said.tensor.shape != x.shape:
+        checks.refuse(
+            f"the model gave shape {tuple(said.tensor.shape)}; it must give that of x, {tuple(x.shape)}."
+        )
     for hook in hooks:
         said = hook.on_prediction(said, x, t, state)
     return said

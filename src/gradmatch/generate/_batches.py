@@ -18,7 +18,8 @@ from gradmatch.generate._latents import Codec, Moments
 def encoded(codec: Codec, images: Tensor, batch: int = 256, dtype: torch.dtype = torch.float16) -> Moments:
     """The posterior of every image."""
     parts = [codec.moments(part) for part in torch.split(images, batch)]
-    return Moments(*(torch.cat([getattr(p, k) for p in parts]).to(dtype) for k in ("mean", "std")))
+    spreads = [p.std.to(dtype) for p in parts if p.std is not None]
+    return Moments(torch.cat([p.mean.to(dtype) for p in parts]), torch.cat(spreads) if spreads else None)
 
 
 def matched(z0: Tensor, z1: Tensor) -> Tensor:
@@ -49,8 +50,12 @@ def drawn(
         )
         return _streamed(data, condition, cond)
     checks.finite("data", images)
-    worth = cache and codec.autoencoder is not None and not isinstance(condition, Inpainting)
-    source = encoded(codec, images) if worth else images
+    source: Tensor | Moments = images
+    if not isinstance(condition, Inpainting):
+        if codec.autoencoder is None:
+            source = Moments(images, None)  # checked above, once for all steps
+        elif cache:
+            source = encoded(codec, images)
 
     def draw(generator: torch.Generator) -> tuple[Tensor | Moments, Any]:
         index = torch.randint(len(images), (batch,), generator=generator, device=generator.device).cpu()

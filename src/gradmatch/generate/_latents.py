@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,21 +22,23 @@ LOW, HIGH = 0.2, 5.0
 class Moments:
     """Mean and deviation of the latents of images, unscaled, from which samples are drawn: what a cache holds.
 
-    Deviations are 0 where the encoder is deterministic.
+    ``std`` is None where the encoder is deterministic.
     """
 
     mean: Tensor
-    std: Tensor
+    std: Tensor | None
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def __getitem__(self, index: Any) -> Moments:
-        return Moments(self.mean[index], self.std[index])
+        return Moments(self.mean[index], None if self.std is None else self.std[index])
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A posterior sample (n, ...) in float32 or better."""
         mean = self.mean if self.mean.dtype == torch.float64 else self.mean.float()
+        if self.std is None:
+            return mean
         noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
         return mean + self.std.to(mean) * noise.to(mean.device)
 
@@ -88,16 +91,18 @@ class Codec(nn.Module):
             said = images if self.autoencoder is None else self.autoencoder.encode(images)
             said = getattr(said, "latent_dist", said)
             if isinstance(said, Tensor):
-                return Moments(said, torch.zeros_like(said))
-            return Moments(said.mean, torch.zeros_like(said.mean) if self.mean else said.std)
+                return Moments(said, None)
+            return Moments(said.mean, None if self.mean else said.std)
 
     def latents(self, images: Tensor | Moments, generator: torch.Generator) -> Tensor:
         """Scaled latents of images, or of cached moments; the first ones set an "auto" scale."""
         moments = images if isinstance(images, Moments) else self.moments(images)
-        z = moments.draw(generator) - self.shift
-        if bool(self.scale.isnan()):
-            self.scale.fill_(1 / max(float(z.std()), 1e-6))
-        z = z * float(self.scale)
+        z = moments.draw(generator)
+        z = z - self.shift if self.shift else z
+        if math.isnan(scale := float(self.scale)):
+            scale = 1 / max(float(z.std()), 1e-6)
+            self.scale.fill_(scale)
+        z = z * scale
         if not self._checked and z.numel() > 1:
             self._checked = True
             _warn_unless_balanced(float(z.std()))
@@ -114,7 +119,7 @@ class Codec(nn.Module):
 
     def known(self) -> float:
         """The scale, refused while "auto" has seen nothing."""
-        if bool(self.scale.isnan()):
+        if math.isnan(float(self.scale)):
             checks.refuse('scale is "auto" and no images were seen yet; train first, or give a number.')
         return float(self.scale)
 

@@ -65,6 +65,7 @@ def small_latents(settings: Settings, slug: str) -> Moments:
         if found == VAE:
             return Moments(**tensors)
     moments = encoded(Codec(vae, 1.0), fashion()[0].x)
+    assert moments.std is not None
     save_tensors(file, {"mean": moments.mean, "std": moments.std}, VAE)
     return moments
 
