@@ -16,7 +16,9 @@ from gradmatch.core.gradients import (
     diagonal_moments,
     gradient,
     gradient_norms,
+    gradient_products,
     gradient_stats,
+    gradient_sums,
     group_gradients,
     iter_per_example_gradients,
     per_example_gradients,
@@ -583,3 +585,61 @@ def test_functional_call_agrees_after_training_step():
     x, y = problem.data._whole
     expected = F.cross_entropy(functional_call(problem.module, moved, (x,)), y, reduction="none")
     torch.testing.assert_close(problem.example_losses(moved), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_one_pass_are_those_of_the_rows(kind, monkeypatch):
+    problem = problem_of(kind)
+    truth = naive(problem)
+    subset = torch.arange(7) % 3 != 1
+    for chosen, rows in ((None, truth), (subset, truth[subset])):
+        for budget in (2**25, 1):
+            monkeypatch.setattr("gradmatch.core._per_example._BUDGET", budget)
+            found = gradient_sums(problem, subset=chosen)
+            torch.testing.assert_close(found.norms, rows.norm(dim=1), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found.stats.mean, rows.mean(0), rtol=1e-9, atol=1e-11)
+            blocks = [b.square().sum() for b in rows.split(list(problem.space.numels), 1)]
+            torch.testing.assert_close(found.stats.norm2[0], torch.stack(blocks), rtol=1e-9, atol=1e-11)
+            assert int(found.stats.count) == len(rows)
+    assert found.tier == gradient_norms(problem, return_tier=True).tier
+
+
+def test_sums_take_a_mask_of_the_examples_only():
+    problem = problem_of("mlp")
+    for bad in (torch.arange(3), torch.zeros(7, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
+        with pytest.raises(InputError, match="subset"):
+            gradient_sums(problem, subset=bad)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "no forward"])
+def test_products_with_vectors_are_those_of_the_rows(kind):
+    if kind == "no forward":
+
+        class Twice(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx, g):
+                return 2 * g
+
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+            def forward(self, x):
+                return self.b(Twice.apply(torch.tanh(self.a(x))))
+
+        problem = Problem(Own().double(), "cross_entropy", vectors(), batch_size=4)
+    else:
+        problem = problem_of(kind)
+    truth, ids = naive(problem), torch.arange(7) % 3
+    directions = torch.randn(3, problem.space.size).double()
+    one = gradient_products(problem, directions[0])
+    torch.testing.assert_close(one, truth @ directions[0], rtol=1e-9, atol=1e-11)
+    each = gradient_products(problem, directions, ids)
+    torch.testing.assert_close(each, (truth * directions[ids]).sum(1), rtol=1e-9, atol=1e-11)
+    with pytest.raises(InputError, match="vectors"):
+        gradient_products(problem, directions)

@@ -106,7 +106,9 @@ class _Writer:
             else:
                 self.projection.add(name, rows, out[part])
         finite("per-example gradients", squares)
-        return finite(f"gradients as {self.dtype}", out.to(self.dtype)).cpu(), squares.sqrt().cpu()
+        if self.dtype != wide:
+            out = finite(f"gradients as {self.dtype}", out.to(self.dtype))
+        return out.cpu(), squares.sqrt().cpu()
 
 
 def _in_processes(
