@@ -56,6 +56,11 @@ class Engine:
         self.used: set[str] = set()
         self.memory: dict[torch.dtype, Tensor] = {}
 
+    def report(self) -> tuple[str, tuple[str, ...]]:
+        """The tiers used, joined by "+", and the blocks that the layerwise one could not read."""
+        direct = tuple(k for k in self.blocks if k in self.rest or "layerwise" not in self.used)
+        return "+".join(sorted(self.used)), direct
+
     def rows(self, batch: Batch, out: Mapping[str, Tensor]) -> None:
         """Write the gradients [m, numel] of every block into ``out``."""
         rest = list(self.blocks)
