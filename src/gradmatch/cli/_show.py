@@ -37,9 +37,12 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], wide: 
 
 @contextmanager
 def progress_bar(
-    label: str, total: int | None = None
+    label: str, total: int | None = None, *, at_once: bool = True
 ) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """A bar on stderr; gives the function (done, all, figures) that a distiller calls after every step."""
+    """A bar on stderr; gives the function (done, all, figures) that a distiller calls after every step.
+
+    Without ``at_once`` it shows from the first step on, so that a refusal before that stands alone.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -58,14 +61,21 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, figures="")
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(label, total=total, figures="")
 
-        def advance(done: int, steps: int, figures: Mapping[str, Any]) -> None:
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-            bar.update(task, completed=done, total=steps, figures=shown)
+    def advance(done: int, steps: int, figures: Mapping[str, Any]) -> None:
+        bar.start()
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        bar.update(task, completed=done, total=steps, figures=shown)
 
+    if at_once:
+        bar.start()
+    try:
         yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def minutes(seconds: float) -> str:
