@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradmatch.datasets._load import Split, arrays, folder, hub, load, split
 from gradmatch.datasets.digits import digits
 from gradmatch.datasets.fashion_mnist import fashion_mnist, find_fashion_mnist
+from gradmatch.datasets.pydoc import pydoc_text
 
 __all__ = [
     "Split",
@@ -15,5 +16,6 @@ __all__ = [
     "folder",
     "hub",
     "load",
+    "pydoc_text",
     "split",
 ]
