@@ -236,3 +236,50 @@ def test_what_cannot_be_done_is_refused(causal, refused, words, sentence) -> Non
     (causal / "odd/config.json").write_text('{"architectures": ["os"]}')
     assert sentence in refused(*words)
     assert not (causal / "m").exists()
+
+
+def test_permuted_copies_average_back_to_the_model(causal, run, monkeypatch) -> None:
+    """With the matching given, the command applies it to the right model."""
+    from transformers import GPT2LMHeadModel
+
+    import gradmatch.weights
+    from gradmatch.core.assign import Permutation, PermutationSpec
+
+    model = GPT2LMHeadModel.from_pretrained(causal / "a").eval()
+    ids = {"input_ids": torch.arange(6)[None]}
+    spec = PermutationSpec.from_module(model, ids)
+    shuffle = Permutation.random(spec, seed=1)
+    other = GPT2LMHeadModel(model.config)
+    other.load_state_dict(shuffle.apply(model.state_dict()))
+    other.save_pretrained(causal / "shuffled")
+    seen = []
+
+    def match(spec_, a, b, **options):
+        seen.append((a, b))
+        return shuffle.inverse()
+
+    monkeypatch.setattr(gradmatch.weights, "weight_match", match, raising=False)
+    result = run("merge", "a", "shuffled", "--method", "permute", "--out", "merged")
+    assert result.exit_code == 0, result.stderr
+    merged, first = open_state_dict(causal / "merged"), open_state_dict(causal / "a")
+    assert list(merged.specs) == list(first.specs)
+    for name in first.specs:
+        torch.testing.assert_close(merged.read(name), first.read(name), rtol=0, atol=1e-7)
+    plain = run("merge", "a", "shuffled", "--out", "plain")
+    assert plain.exit_code == 0
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert not torch.allclose(open_state_dict(causal / "plain").read(name), first.read(name), atol=1e-2)
+
+
+def test_what_cannot_be_permuted_is_refused(causal, refused, monkeypatch) -> None:
+    import gradmatch.weights
+
+    monkeypatch.setattr(gradmatch.weights, "weight_match", lambda *_: None, raising=False)
+    save_file({"w": torch.ones(2, 2)}, causal / "w.safetensors")
+    words = ("merge", "w.safetensors", "w.safetensors", "--method", "permute", "--out", "m.safetensors")
+    assert "runs the network to see its units" in refused(*words)
+    config = json.loads((causal / "a/config.json").read_text())
+    (causal / "a/config.json").write_text(json.dumps(config | {"architectures": ["os"]}))
+    assert "which transformers does not have" in refused(
+        "merge", "a", "b", "--method", "permute", "--out", "m"
+    )
