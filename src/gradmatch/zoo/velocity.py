@@ -110,8 +110,8 @@ def unet(
         classes: number of labels, or None for none.
         in_channels: where more channels come in than go out (a condition beside x); default ``channels``.
         attention: in the lowest level.
-        scale: t in [0, 1] is multiplied by this before it is embedded. At 1000, as in diffusion models, the field is rough
-            in t: dopri5 then takes 360 calls at 1e-5 where it takes 100 at the default of 100.
+        scale: t in [0, 1] is multiplied by this before it is embedded. At 1000, as in diffusion models, the field is
+            rough in t: dopri5 takes 360 calls at 1e-5 where it takes 100 at the default of 100.
 
     >>> unet(4, 7, 16, levels=1)(torch.zeros(2, 4, 7, 7), torch.zeros(2)).shape
     torch.Size([2, 4, 7, 7])
