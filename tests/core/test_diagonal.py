@@ -130,8 +130,9 @@ def test_chunks_do_not_change_the_sums(name, monkeypatch) -> None:
             torch.testing.assert_close(value, whole[k], rtol=1e-10, atol=1e-13)
 
 
-def test_a_layer_whose_first_axis_is_time_is_noticed() -> None:
-    """With as many steps as examples, shapes cannot tell."""
+@pytest.mark.parametrize(("m", "steps"), [(5, 5), (5, 2), (1, 1), (1, 3)])
+def test_a_layer_whose_first_axis_is_time_is_noticed(m, steps) -> None:
+    """With as many steps as examples, in the first look or later, shapes cannot tell."""
 
     class TimeMajor(nn.Module):
         def __init__(self) -> None:
@@ -142,9 +143,13 @@ def test_a_layer_whose_first_axis_is_time_is_noticed() -> None:
             return self.head(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
 
     torch.manual_seed(0)
-    model, x = TimeMajor().double(), torch.randn(5, 5, 3).double()
-    vectors = torch.randn(2, 5, 2).double()
-    found = squared_pullbacks(Problem(model, "mse", (x, torch.arange(5))), lambda *_: vectors, chunk=5)
+    model, x = TimeMajor().double(), torch.randn(m, steps, 3).double()
+    vectors = torch.randn(2, m, 2).double()
+    found = squared_pullbacks(
+        Problem(model, "mse", (x, torch.arange(m))),
+        lambda _, b: vectors[:, b.start : b.start + b.size],
+        chunk=5,
+    )
     for k, value in looped(model, x, vectors).items():
         torch.testing.assert_close(found[k], value, rtol=1e-9, atol=1e-12)
 
@@ -180,11 +185,13 @@ def test_half_precision_is_squared_in_single() -> None:
     model = nn.Linear(3, 2).bfloat16()
     x = torch.full((4, 3), 1e-3).bfloat16()
     vectors = torch.full((1, 4, 2), 1e-2).bfloat16()
-    found = squared_pullbacks(Problem(model, "mse", (x, torch.arange(4))), lambda *_: vectors)
+    found = squared_pullbacks(Problem(model, "mse", (x, torch.arange(4))), lambda _, b: vectors[:, : b.size])
     assert found["weight"].dtype == torch.float32
     torch.testing.assert_close(found["weight"], torch.full((2, 3), 4e-10), rtol=0.02, atol=0)
     half = nn.Linear(3, 2).half()
-    found = squared_pullbacks(Problem(half, "mse", (x.half(), torch.arange(4))), lambda *_: vectors.half())
+    found = squared_pullbacks(
+        Problem(half, "mse", (x.half(), torch.arange(4))), lambda _, b: vectors[:, : b.size].half()
+    )
     torch.testing.assert_close(found["weight"], torch.full((2, 3), 4e-10), rtol=0.02, atol=0)
 
 

@@ -63,7 +63,8 @@ def squared_pullbacks(
     """Sum over examples and columns of (J_n^T s_nr)^2, by block, in at least single precision.
 
     Args:
-        factor: see :data:`Factor`; called once for each piece of a batch.
+        factor: see :data:`Factor`; called for each piece of a batch, and once before for the first two examples. It
+            must give an example the same vectors whatever stands beside it.
         chunk: examples at once; default what fits 32 MiB of layer gradients.
         tier: "auto" (known layers read off one pass) or "vmap".
         after: called after every batch with the number of examples done and the sums so far.
@@ -81,6 +82,8 @@ def squared_pullbacks(
     total = {k: t.detach() for k, t in total.items()}
     reader = _Reader(problem, blocks, factor, tier)
     for batch in problem.batches():
+        if batch.start == 0:  # also in a run that goes on, so that it cuts its pieces as the one before
+            reader.prepare(batch.take(slice(0, 2)))
         if batch.start < done:
             continue
         first = 0
@@ -102,32 +105,42 @@ class _Reader:
     def __init__(self, problem: Problem, blocks: Mapping[str, Tensor], factor: Factor, tier: str) -> None:
         self.problem, self.blocks, self.factor = problem, dict(blocks), factor
         self.layerwise = tier == "auto" and problem.module is not None
-        self.proven, self.batched = False, True
-        self.fitting = 8  # until the first piece has shown how much an example takes
+        self.batched, self.fitting = True, 1
+        self.readable = frozenset(self.blocks)
+
+    def prepare(self, batch: Batch) -> None:
+        """See on two examples (or the only one) which blocks can be read off layers, and how many examples fit."""
+        if not self.layerwise:
+            self.fitting = 2**30  # products take as many at once as fit
+            return
+        vectors, uses, deltas = self._read(batch)
+        self.layerwise = self._agrees(batch, vectors, uses, deltas)
+        self.readable = frozenset(uses)
+        each = sum(d[:, :1].numel() for d in deltas.values())
+        # what was read off one example says nothing of layers whose first axis is something else
+        self.fitting = max(1, _BUDGET // max(each, 1)) if batch.size > 1 else 1
 
     def squares(self, batch: Batch) -> dict[str, Tensor]:
         """Sums [numel] of every block."""
         if not self.layerwise:
             outputs = self._outputs(batch, {k: p.detach() for k, p in self.blocks.items()})
             return self._direct(batch, self.factor(outputs.detach(), batch), list(self.blocks))
+        vectors, uses, deltas = self._read(batch)
+        found = {
+            k: _squares.squares(u, deltas) if u else torch.zeros_like(self.blocks[k]).flatten()
+            for k, u in uses.items()
+        }
+        return found | self._direct(batch, vectors, [k for k in self.blocks if k not in uses])
+
+    def _read(self, batch: Batch) -> tuple[Tensor, dict[str, _layerwise.Uses], dict[int, Tensor]]:
+        """The vectors, the uses of what can be read off one pass, and what arrives at their calls."""
         outputs, uses, calls = _layerwise.record(
             self.problem, self.blocks, batch.size, lambda: self._outputs(batch, self.blocks)
         )
         vectors = self.factor(outputs.detach(), batch)
         deltas = self._arriving(outputs, vectors, calls, batch.size)
-        kept = {k: u for k, u in uses.items() if all(id(c) in deltas for c, _ in u)}
-        if batch.size > 1 and not self.proven:
-            self.proven = True
-            if not self._agrees(batch, vectors, kept, deltas):
-                self.layerwise = False
-                return self._direct(batch, vectors, list(self.blocks))
-        each = sum(d[:, :1].numel() for d in deltas.values())
-        self.fitting = max(1, _BUDGET // max(each, 1))
-        found = {
-            k: _squares.squares(u, deltas) if u else torch.zeros_like(self.blocks[k]).flatten()
-            for k, u in kept.items()
-        }
-        return found | self._direct(batch, vectors, [k for k in self.blocks if k not in kept])
+        kept = {k: u for k, u in uses.items() if k in self.readable and all(id(c) in deltas for c, _ in u)}
+        return vectors, kept, deltas
 
     def _outputs(self, batch: Batch, blocks: Mapping[str, Tensor]) -> Tensor:
         outputs = self.problem.outputs(blocks, batch.inputs)

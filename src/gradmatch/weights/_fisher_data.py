@@ -95,7 +95,7 @@ class Scores:
 
     def __init__(self, labels: str, samples: int, causal: bool, device: torch.device, seed: int) -> None:
         self.labels, self.samples, self.causal = labels, samples, causal
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator, self.seed = torch.Generator(device), checks.whole("seed", seed, 0)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, m, ..., C] for logits [m, ..., C]."""
@@ -104,13 +104,22 @@ class Scores:
             return self._exact(logits, counted)
         p = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         if self.labels == "sample":
-            flat = p.reshape(-1, p.shape[-1])
-            y = torch.multinomial(flat, self.samples, replacement=True, generator=self.generator)
-            y, scale = y.T.reshape(self.samples, *p.shape[:-1]), self.samples**-0.5
+            y, scale = self._drawn(p, batch.start), self.samples**-0.5
         else:
             y, scale = truth[None], 1.0
-        score: Tensor = (torch.nn.functional.one_hot(y.clamp(min=0), p.shape[-1]) - p) * scale
-        return (score * counted[..., None]).to(logits.dtype)
+        score = (-p).expand(len(y), *p.shape).clone()
+        score.scatter_add_(-1, y.clamp(min=0)[..., None], score.new_ones(*y.shape, 1))
+        return score.mul_(scale * counted[..., None]).to(logits.dtype)
+
+    def _drawn(self, p: Tensor, start: int) -> Tensor:
+        """Labels [S, m, ...] from p [m, ..., C]; an example's do not depend on which others stand beside it."""
+        rows = []
+        for place, own in enumerate(p, start):
+            self.generator.manual_seed(self.seed * 1_000_003 + place)
+            flat = own.reshape(-1, own.shape[-1])
+            y = torch.multinomial(flat, self.samples, replacement=True, generator=self.generator)
+            rows.append(y.T.reshape(self.samples, *own.shape[:-1]))
+        return torch.stack(rows, 1)
 
     def _exact(self, logits: Tensor, counted: Tensor) -> Tensor:
         classes, places = logits.shape[-1], logits[0].numel() // logits.shape[-1]

@@ -26,7 +26,7 @@ from gradmatch.core import checks
 from gradmatch.core.diagonal import squared_pullbacks
 from gradmatch.core.problem import Problem
 from gradmatch.core.state_dicts import SHARD, write_state_dict
-from gradmatch.core.store import RunFolder, generator_state
+from gradmatch.core.store import RunFolder
 from gradmatch.core.tap import evaluating
 from gradmatch.weights._fisher_data import First, Scores, Wrapped, is_causal
 from gradmatch.weights._merging import Filter, Merging, chosen, plan
@@ -130,13 +130,12 @@ def _accumulated(
     start, saved = None, time.monotonic()
     if run is not None and (found := run.load()) is not None:
         done, kept, _ = found
-        scores.generator.set_state(kept.pop("generator"))
         start = (done, {k: t.to(problem.space.device) for k, t in kept.items()})
 
     def after(done: int, sums: Mapping[str, Tensor]) -> None:
         nonlocal saved
         if run is not None and (time.monotonic() - saved > 30 or done == problem.n):
-            run.save(done, {**sums, "generator": generator_state(scores.generator)})
+            run.save(done, sums)
             saved = time.monotonic()
         if progress is not None:
             progress(done, problem.n)
