@@ -112,13 +112,16 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
-    """Rows w [b, P] less their parts along the rows of basis [b, m, P]."""
-    length = w.norm(dim=1)
+    """Rows w [b, P] less their parts along the rows of basis [b, m, P], for each b by products with one matrix."""
+    return torch.stack([_without(one, rows) for one, rows in zip(w, basis, strict=True)])
+
+
+def _without(w: Tensor, rows: Tensor) -> Tensor:
+    length = float(w.norm())
     for _ in range(2):
-        along = torch.bmm(basis, w[:, :, None])
-        w = torch.baddbmm(w[:, None], along.mT, basis, alpha=-1)[:, 0]
-        left = w.norm(dim=1)
-        if bool((left > _AGAIN * length).all()):
+        w = torch.addmv(w, rows.T, rows @ w, alpha=-1)
+        left = float(w.norm())
+        if left > _AGAIN * length:
             break
         length = left
     return w

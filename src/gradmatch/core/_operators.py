@@ -235,8 +235,16 @@ def as_vectors(name: str, values: Any, operator: LinearOperator) -> Tensor:
     return finite(name, columns)
 
 
-def dense(source: Any, size: int | None = None, chunk: int = 64) -> Float[Tensor, "N P"]:
-    """The matrix of an operator, by its products with ``chunk`` unit vectors at a time."""
+def dense(
+    source: Any,
+    size: int | None = None,
+    chunk: int = 64,
+    progress: Callable[[int, int], object] | None = None,
+) -> Float[Tensor, "N P"]:
+    """The matrix of an operator, by its products with ``chunk`` unit vectors at a time.
+
+    ``progress`` is called with (products done, in all).
+    """
     operator = as_operator(source, size)
     if isinstance(operator, MatrixOperator):
         return operator.matrix.to_dense()
@@ -247,6 +255,8 @@ def dense(source: Any, size: int | None = None, chunk: int = 64) -> Float[Tensor
         unit = torch.zeros(p, width, dtype=operator.dtype, device=operator.device)
         unit[start : start + width].fill_diagonal_(1)
         out[:, start : start + width] = operator.matvec(unit)
+        if progress is not None:
+            progress(start + width, p)
     return finite("the matrix of the operator", out)
 
 

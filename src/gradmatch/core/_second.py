@@ -154,7 +154,7 @@ def refuse_once_differentiable(problem: Problem, error: RuntimeError) -> None:
     ]
     try:
         with torch.no_grad():
-            problem.outputs(problem.resolve(), next(problem.batches()).take(slice(0, 1)).inputs)
+            problem.outputs(problem.resolve(), next(problem.batches()).inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,14 @@ from gradmatch.core._operators import LinearOperator, as_operator, square
 from gradmatch.core._probes import Estimate, ProbeKind, probe_vectors
 from gradmatch.core.checks import finite, positive, require, whole
 
-__all__ = ["SpectralDensity", "hutchinson", "hutchinson_diagonal", "hutchpp", "spectral_density"]
+__all__ = [
+    "SpectralDensity",
+    "gaussian_width",
+    "hutchinson",
+    "hutchinson_diagonal",
+    "hutchpp",
+    "spectral_density",
+]
 
 _BASIS = 2**28  # numbers of the Krylov bases held at once: 1 GiB in float32
 
@@ -160,15 +167,8 @@ class SpectralDensity:
         return float(used.min()), float(used.max())
 
     def width(self, kappa: float = 3.0, margin: float = 0.05) -> float:
-        """Gaussian width for m steps: 2 / ((m - 1) sqrt(8 ln kappa)) on the range padded and scaled to [-1, 1].
-
-        The rule of Lin, Saad, Yang (SIAM Review 58, 2016), with the padding of curvlinops. ``kappa`` is the ratio by
-        which a Gaussian at one of m evenly spread nodes has fallen half-way to the next.
-        """
-        require(positive("kappa", kappa) > 1, f"kappa is {kappa:g}; it must be above 1.")
-        low, high = self.range()
-        half = max((high - low) / 2, 1e-12 * max(abs(low), abs(high), 1e-300)) * (1 + 2 * margin)
-        return 2 / ((max(self.nodes.shape[1], 2) - 1) * math.sqrt(8 * math.log(kappa))) * half
+        """Width of the Gaussians for these many steps, by :func:`gaussian_width`."""
+        return gaussian_width(*self.range(), self.nodes.shape[1], kappa, margin)
 
     def evaluate(self, grid: Tensor, width: float | None = None) -> tuple[Tensor, Tensor]:
         """Density at ``grid`` [g], of integral 1, and its standard error over the probes."""
@@ -186,6 +186,17 @@ class SpectralDensity:
         low, high = self.range()
         ends = low - 4 * sigma, high + 4 * sigma
         return torch.linspace(*ends, whole("points", points, least=2), dtype=torch.float64)
+
+
+def gaussian_width(low: float, high: float, steps: int, kappa: float = 3.0, margin: float = 0.05) -> float:
+    """2 / ((m - 1) sqrt(8 ln kappa)) for m steps, on the range padded by ``margin`` and scaled to [-1, 1].
+
+    The rule of Lin, Saad, Yang (SIAM Review 58, 2016), with the padding of curvlinops. ``kappa`` is the ratio by which
+    a Gaussian at one of m evenly spread nodes has fallen half-way to the next.
+    """
+    require(positive("kappa", kappa) > 1, f"kappa is {kappa:g}; it must be above 1.")
+    half = max((high - low) / 2, 1e-12 * max(abs(low), abs(high), 1e-300)) * (1 + 2 * margin)
+    return 2 / ((max(steps, 2) - 1) * math.sqrt(8 * math.log(kappa))) * half
 
 
 def smoothed(grid: Tensor, nodes: Tensor, weights: Tensor | None = None, width: float = 1.0) -> Tensor:

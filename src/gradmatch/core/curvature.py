@@ -21,7 +21,7 @@ draw of its own, weighted as in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Literal, get_args
 
@@ -258,10 +258,10 @@ class Curvature:
         refuse_large("the gram matrix", len(x) ** 2, self.dtype)
         return x @ x.T / self.n
 
-    def dense(self) -> Float[Tensor, "P P"]:
-        """The whole matrix, symmetrised; by P products."""
+    def dense(self, progress: Callable[[int, int], object] | None = None) -> Float[Tensor, "P P"]:
+        """The whole matrix, symmetrised; by P products, of which ``progress`` is told (done, in all)."""
         refuse_large(f"the {self.kind} matrix of {self.shape[0]} parameters", self.shape[0] ** 2, self.dtype)
-        matrix = dense(self)
+        matrix = dense(self, progress=progress)
         return (matrix + matrix.T) / 2
 
     def diag(self) -> Float[Tensor, " P"]:

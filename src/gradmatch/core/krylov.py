@@ -33,6 +33,7 @@ from gradmatch.core._operators import (
 from gradmatch.core._probes import Estimate, probe_vectors
 from gradmatch.core._traces import (
     SpectralDensity,
+    gaussian_width,
     hutchinson,
     hutchinson_diagonal,
     hutchpp,
@@ -55,6 +56,7 @@ __all__ = [
     "cg",
     "dense",
     "eigenpairs",
+    "gaussian_width",
     "hutchinson",
     "hutchinson_diagonal",
     "hutchpp",
