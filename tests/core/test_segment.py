@@ -97,3 +97,12 @@ def test_refusals():
     a.train()
     with pytest.raises(InputError, match="batchnorm"):
         segment(problem, a, a)
+
+
+def test_states_between_the_ends_can_be_prepared():
+    x = torch.tensor([[1.0]])
+    weights = {"w": torch.zeros(1)}
+    problem = Problem(lambda p, x: x * p["w"], "mse", (x, torch.zeros(1, 1)), params=weights)
+    ends = {"w": torch.tensor([2.0])}, {"w": torch.tensor([4.0])}
+    found = segment(problem, *ends, points=3, prepare=lambda state: {"w": 0 * state["w"]})
+    assert found.losses.tolist() == [4, 0, 16]  # the ends stay as they are

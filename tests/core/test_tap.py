@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradmatch.core.checks import InputError
-from gradmatch.core.tap import capture, evaluating, last_of, submodule
+from gradmatch.core.tap import capture, evaluating, inject, last_of, submodule
 
 
 def net() -> nn.Sequential:
@@ -56,4 +56,34 @@ def test_names() -> None:
         pass
     lstm = nn.Sequential(nn.LSTM(3, 2))
     with pytest.raises(InputError, match="is a tuple"), capture(lstm, "0"):
+        lstm(torch.zeros(1, 1, 3))
+
+
+def test_inject_replaces_outputs_and_inputs_with_their_graph() -> None:
+    module, x = net().eval(), torch.randn(5, 3)
+    theta = torch.randn(5, 4, requires_grad=True)
+    with inject(module, {"1": theta}):
+        y = module(x)
+    assert torch.equal(y, module[3](theta))
+    y.sum().backward()
+    assert theta.grad is not None
+    with inject(module, {"3": lambda h: h + 1}, side="input"), capture(module, "3", side="input") as seen:
+        module(x)
+    assert torch.equal(seen["3"], module[:3](x) + 1)
+    assert torch.equal(module(x), nn.Sequential(*module)(x))
+    assert hooks(module) == 0
+
+
+def test_injections_go_after_an_exception_and_refuse_what_they_cannot_replace() -> None:
+    module = net()
+    with pytest.raises(ZeroDivisionError), inject(module, {"0": lambda h: h * (1 // 0)}):
+        module(torch.zeros(1, 3))
+    with (
+        pytest.raises(InputError, match="no module 'x'"),
+        inject(module, {"0": torch.zeros(1), "x": torch.zeros(1)}),
+    ):
+        pass
+    assert hooks(module) == 0
+    lstm = nn.Sequential(nn.LSTM(3, 2))
+    with pytest.raises(InputError, match="is a tuple"), inject(lstm, {"0": torch.zeros(1)}):
         lstm(torch.zeros(1, 1, 3))

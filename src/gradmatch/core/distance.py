@@ -1,4 +1,6 @@
-"""Distances between two lists of gradients.
+"""Distances between two lists of gradients, and similarities of two sets of features.
+
+``linear_cka``, ``cka_matrix`` and ``rsa`` compare features, see :mod:`gradmatch.core._similarity`.
 
 With A and B two lists of tensors, one for each parameter:
 
@@ -15,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradmatch.core._similarity import cka_matrix, linear_cka, rsa
 from gradmatch.core.checks import finite, listing, nonnegative, one_of, require
 
-__all__ = ["DISTANCES", "gradient_distance"]
+__all__ = ["DISTANCES", "cka_matrix", "gradient_distance", "linear_cka", "rsa"]
 
 DISTANCES = ("filter_cosine", "cosine", "mse")
 

@@ -6,7 +6,7 @@ never below 0; a middle that is better than its ends shows in the signed gap at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,14 @@ class Segment:
         return float((q.T @ self.step).square().sum() / self.step.square().sum().clamp_min(1e-300))
 
 
-def segment(problem: Problem, a: State, b: State, points: int = 25, split: str = "train") -> Segment:
+def segment(
+    problem: Problem,
+    a: State,
+    b: State,
+    points: int = 25,
+    split: str = "train",
+    prepare: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
+) -> Segment:
     """Evaluate a problem's loss on the segment between two networks of its architecture.
 
     Everything floating in the states moves, running statistics among it; whole numbers stay those of ``a``.
@@ -77,6 +84,8 @@ def segment(problem: Problem, a: State, b: State, points: int = 25, split: str =
         a, b: modules, or dicts of all parameters (and of buffers, if there are any) by name.
         points: of the grid, an odd number so that the middle is among them.
         split: the name of the data, for the record.
+        prepare: called with each state strictly between the ends; gives the state that is evaluated in its place
+            (with running statistics measured anew, say).
 
     Raises:
         InputError: states of other names or shapes than the model, values that are not finite.
@@ -92,9 +101,12 @@ def segment(problem: Problem, a: State, b: State, points: int = 25, split: str =
     start, end = _state("a", a, problem), _state("b", b, problem)
     t = torch.linspace(0, 1, n, dtype=torch.float64)
     batches = list(problem.batches())
-    scores = [
-        _evaluate(problem, {k: _between(start[k], end[k], s) for k in start}, batches) for s in t.tolist()
-    ]
+
+    def at(s: float) -> Mapping[str, Tensor]:
+        state = {k: _between(start[k], end[k], s) for k in start}
+        return state if prepare is None or s in (0.0, 1.0) else prepare(state)
+
+    scores = [_evaluate(problem, at(s), batches) for s in t.tolist()]
     losses = finite("losses on the segment", torch.tensor([s[0] for s in scores], dtype=torch.float64))
     right = [s[1] for s in scores]
     accuracies = None if right[0] is None else torch.tensor(right, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Reading what flows through a network's modules, by name; the network is always left as found."""
+"""Reading and replacing what flows through a network's modules, by name; the network is always left as found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -71,6 +71,51 @@ def capture(module: nn.Module, *names: str, side: str = "output") -> Iterator[di
                 )
             stack.callback(handle.remove)
         yield seen
+
+
+@contextmanager
+def inject(
+    module: nn.Module, values: Mapping[str, Tensor | Callable[[Tensor], Tensor]], side: str = "output"
+) -> Iterator[None]:
+    """Within the block, every forward pass goes on with other tensors at the named modules.
+
+    Hooks go when the block ends, also after an exception.
+
+    Args:
+        module: the network.
+        values: for each part a tensor that takes the place of its own, or a function of its own.
+        side: ``"output"`` or ``"input"`` (the first positional argument).
+
+    Raises:
+        InputError: no such part, or one that takes or gives no tensor.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> with inject(net, {"1": lambda h: 0 * h}):
+    ...     bool((net(torch.ones(5, 3)) == net[2].bias).all())
+    True
+    """
+    checks.one_of("side", side, ("input", "output"))
+
+    def other(name: str, value: Any) -> Tensor:
+        checks.require(
+            isinstance(value, Tensor),
+            f"{side} of module {name!r} is a {type(value).__name__}; it must be one tensor.",
+        )
+        given = values[name]
+        return given if isinstance(given, Tensor) else given(value)
+
+    with ExitStack() as stack:
+        for name in values:
+            part = submodule(module, name)
+            if side == "output":
+                handle = part.register_forward_hook(lambda _, __, out, name=name: other(name, out))
+            else:
+                handle = part.register_forward_pre_hook(
+                    lambda _, args, name=name: (other(name, args[0] if args else None), *args[1:])
+                )
+            stack.callback(handle.remove)
+        yield
 
 
 @contextmanager
