@@ -21,6 +21,7 @@ draw of its own, weighted as in the loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Literal, get_args
@@ -208,11 +209,8 @@ class Curvature:
             if not rest:
                 yield slope
                 continue
-            places = torch.eye(
-                int(torch.tensor([slopes.shape[a] for a in rest]).prod()),
-                device=slope.device,
-                dtype=slope.dtype,
-            )
+            count = math.prod(slopes.shape[a] for a in rest)
+            places = torch.eye(count, device=slope.device, dtype=slope.dtype)
             shape = [slopes.shape[a] if a in rest else 1 for a in range(1, slopes.ndim)]
             for place in places:
                 yield slope * place.reshape(shape)
