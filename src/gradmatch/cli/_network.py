@@ -182,3 +182,24 @@ def _try(spec: str, network: Network, data: Examples) -> None:
 def _refuse(spec: str, what: str, error: Exception) -> NoReturn:
     line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     raise checks.InputError(f"--network {spec}: {what} with {type(error).__name__}: {line}.") from error
+
+
+def weighted(module: nn.Module, path: Path) -> nn.Module:
+    """The network with the weights of a safetensors file; names and shapes must be its own."""
+    from gradmatch.core.store import load_tensors
+
+    found, own = load_tensors(path)[0], module.state_dict()
+    missing, strange = ([k for k in a if k not in b] for a, b in ((own, found), (found, own)))
+    checks.require(
+        not missing and not strange,
+        f"--weights {str(path)!r} lacks {checks.listing(missing) or 'nothing'} and has "
+        f"{checks.listing(strange) or 'nothing'} that MODEL does not; it must hold the state dict of MODEL.",
+    )
+    for name, tensor in found.items():
+        checks.require(
+            tensor.shape == own[name].shape,
+            f"--weights has {name} of shape {tuple(tensor.shape)}; MODEL needs {tuple(own[name].shape)}.",
+        )
+        checks.finite(f"--weights {name}", tensor)
+    module.load_state_dict(found)
+    return module
