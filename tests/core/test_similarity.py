@@ -48,7 +48,8 @@ def test_both_forms_equal_the_definition(n: int, p: int, q: int) -> None:
     x, y = randn(n, p) + 3, randn(n, q, seed=1)
     y[:, :2] += x[:, :2]
     for is_debiased, wanted in ((False, dense(x, y)), (True, debiased(x, y))):
-        by_gram = _similarity._cosine(*(_similarity._relation(z, is_debiased) for z in (x, y)), is_debiased)
+        k, l_ = (_similarity._relation(z, is_debiased) for z in (x, y))
+        by_gram = (k * l_).sum() / (k.norm() * l_.norm())
         by_features = (_similarity._debiased_by_features if is_debiased else _similarity._biased_by_features)(
             x, y
         )
@@ -115,6 +116,7 @@ def test_large_means_do_not_cancel_in_single_precision() -> None:
     wanted = linear_cka(x, y)
     assert float(linear_cka(x.float() + 100, y.float() - 50)) == pytest.approx(float(wanted), abs=1e-4)
     assert linear_cka(x.half(), y.half()).dtype == torch.float32
+    assert float(linear_cka(x.float(), y)) == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_rsa_is_the_correlation_of_similarities() -> None:
@@ -134,6 +136,9 @@ def test_refusals() -> None:
         (lambda: linear_cka(x[:3], x[:3], debiased=True), "at least 4 are needed"),
         (lambda: linear_cka(x.long(), x), "must be a floating tensor"),
         (lambda: linear_cka(x, x * torch.nan), "y has 15 NaN"),
+        (lambda: linear_cka(1e25 * x.float(), x.float()), "x and y are so large"),
+        (lambda: cka_matrix([x, x * torch.inf]), r"xs\[1\] has 15 NaN or infinite"),
+        (lambda: rsa(x, x / 0), "y has 15 NaN"),
         (lambda: cka_matrix([]), "xs is empty"),
         (lambda: cka_matrix([x, randn(6, 3)]), "xs is of"),
         (lambda: cka_matrix([x], [randn(6, 3)]), "different numbers of examples"),

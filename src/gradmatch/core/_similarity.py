@@ -14,13 +14,13 @@ Neither knows an orthogonal map or a scale. All are differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradmatch.core.checks import finite, require
+from gradmatch.core.checks import finite, refuse, require
 
 FLOOR = 1e-24
 """Put under the squared norm of a debiased Gram matrix, whose estimate may be 0 or below."""
@@ -49,10 +49,15 @@ def linear_cka(
     """
     a, b = _features("x", x, debiased), _features("y", y, debiased)
     require(len(a) == len(b), f"x has {len(a)} examples and y has {len(b)}; they must be the same examples.")
+    if a.dtype != b.dtype:
+        a, b = a.double(), b.double()
     n, p, q = len(a), a.shape[1], b.shape[1]
     if n * (p + q) <= p * p + q * q + p * q:
-        return _cosine(_relation(a, debiased), _relation(b, debiased), debiased)
-    return _debiased_by_features(a, b) if debiased else _biased_by_features(a, b)
+        k, l_ = _relation(a, debiased), _relation(b, debiased)
+        value = (k * l_).sum() / (_norm(k.square().sum(), debiased) * _norm(l_.square().sum(), debiased))
+    else:
+        value = _debiased_by_features(a, b) if debiased else _biased_by_features(a, b)
+    return _checked(value, {"x": a, "y": b})
 
 
 def cka_matrix(
@@ -69,10 +74,11 @@ def cka_matrix(
         if name == "ys" and ys is None:
             sides.append(sides[0])
             continue
-        own = [_relation(_features(f"{name}[{k}]", f, debiased), debiased) for k, f in enumerate(features)]
-        sizes = sorted({len(r) for r in own})
+        rows = {f"{name}[{k}]": _features(f"{name}[{k}]", f, debiased) for k, f in enumerate(features)}
+        sizes = sorted({len(r) for r in rows.values()})
         require(len(sizes) == 1, f"{name} is of {sizes} examples; all must be of the same.")
-        sides.append(torch.stack([r.flatten() for r in own]))
+        sides.append(torch.stack([_relation(r, debiased).flatten() for r in rows.values()]))
+        _checked(sides[-1].sum(), rows)
     a, b = sides
     require(a.shape[1] == b.shape[1], "xs and ys are of different numbers of examples.")
     norms = [_norm(s.square().sum(1), debiased) for s in sides]
@@ -96,8 +102,10 @@ def rsa(x: Float[Tensor, "n ..."], y: Float[Tensor, "n ..."]) -> Float[Tensor, "
         pairs = (unit @ unit.T)[i, j]
         sides.append(pairs - pairs.mean())
     a, b = sides
+    a, b = (a, b) if a.dtype == b.dtype else (a.double(), b.double())
     require(len(a) == len(b), f"x has {len(x)} examples and y has {len(y)}; they must be the same examples.")
-    return (a @ b) / (a.square().sum() * b.square().sum()).clamp_min(FLOOR).sqrt()
+    value = (a @ b) / (a.square().sum() * b.square().sum()).clamp_min(FLOOR).sqrt()
+    return _checked(value, {"x": x.detach(), "y": y.detach()})
 
 
 def _features(name: str, value: Tensor, debiased: bool) -> Tensor:
@@ -108,9 +116,18 @@ def _features(name: str, value: Tensor, debiased: bool) -> Tensor:
     least = 4 if debiased else 2
     require(len(value) >= least, f"{name} has {len(value)} examples; at least {least} are needed.")
     rows = value.reshape(len(value), -1)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    finite(name, rows.detach())
-    return rows
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _checked(value: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    """``value`` if it is finite; looking at every feature first would take as long as a third of the work."""
+    if not bool(torch.isfinite(value.detach())):
+        for name, rows in features.items():
+            finite(name, rows.detach())
+        refuse(
+            f"{' and '.join(features)} are so large that their products overflow {value.dtype}; scale them."
+        )
+    return value
 
 
 def _gram(x: Tensor, depth: int = 2) -> Tensor:
@@ -124,19 +141,17 @@ def _gram(x: Tensor, depth: int = 2) -> Tensor:
     )
 
 
-def _centred(x: Tensor) -> Tensor:
-    """Features less their means, before any product: differences of large numbers lose what is left.
-
-    Features that vary no more than their rounding do not vary.
-    """
-    centred = x - x.mean(0)
-    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum()
-    return centred * (centred.detach().square().sum() > rounding)
+def _varies(energy: Tensor, mean: Tensor, n: int) -> Tensor:
+    """Whether features vary by more than their rounding, given the squares of what is left without the mean."""
+    rounding = (8 * torch.finfo(mean.dtype).eps) ** 2
+    return energy.detach() > rounding * (energy.detach() + n * mean.detach().square().sum())
 
 
 def _relation(x: Tensor, debiased: bool) -> Tensor:
     """The Gram matrix of a set of features, centred; their inner products are what CKA is made of."""
-    gram, n = _gram(_centred(x)), len(x)
+    n, mean = len(x), x.mean(0)
+    gram = _gram(x - mean)  # centred before the product: differences of large numbers lose what is left
+    gram = gram * _varies(gram.diagonal().sum(), mean, n)
     if not debiased:
         return gram
     gram = gram - torch.diag(gram.diagonal())
@@ -149,8 +164,10 @@ def _norm(squares: Tensor, debiased: bool) -> Tensor:
     return squares.clamp_min(FLOOR if debiased else torch.finfo(squares.dtype).tiny).sqrt()
 
 
-def _cosine(k: Tensor, l_: Tensor, debiased: bool) -> Tensor:
-    return (k * l_).sum() / (_norm(k.square().sum(), debiased) * _norm(l_.square().sum(), debiased))
+def _centred(x: Tensor) -> Tensor:
+    mean = x.mean(0)
+    rest = x - mean
+    return rest * _varies(rest.square().sum(), mean, len(x))
 
 
 def _biased_by_features(x: Tensor, y: Tensor) -> Tensor:
