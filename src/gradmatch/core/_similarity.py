@@ -143,8 +143,10 @@ def _gram(x: Tensor, depth: int = 2) -> Tensor:
 
 def _varies(energy: Tensor, mean: Tensor, n: int) -> Tensor:
     """Whether features vary by more than their rounding, given the squares of what is left without the mean."""
-    rounding = (8 * torch.finfo(mean.dtype).eps) ** 2
-    return energy.detach() > rounding * (energy.detach() + n * mean.detach().square().sum())
+    share = energy.detach() / (energy.detach() + n * mean.detach().square().sum())
+    return ~(
+        share <= (8 * torch.finfo(mean.dtype).eps) ** 2
+    )  # NaN and infinity go on to where they are refused
 
 
 def _relation(x: Tensor, debiased: bool) -> Tensor:
