@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of one block over all its operands. On two cores with 1 MiB of L2 each and 32 MiB of shared L3, 1 MiB is
@@ -62,7 +62,8 @@ class TensorList:
     def _scalar(self, x: float) -> float | Tensor:
         # on a CPU a list operation wraps a plain number anew for every tensor, at four times the cost
         first = self.tensors[0]
-        return torch.tensor(x, dtype=first.dtype) if first.device.type == "cpu" else x
+        plain = type(first) is Tensor or type(first) is nn.Parameter  # others may not mix with plain tensors
+        return torch.tensor(x, dtype=first.dtype) if plain and first.device.type == "cpu" else x
 
 
 Tensors = Any

@@ -193,12 +193,7 @@ class OptimizerBase(Optimizer):
             g = p.grad
             if g is None:
                 continue
-            if g.layout is not torch.strided:
-                refuse_sparse(self._name)
-            s: State = self.state[p]
-            if not s:
-                s.update(dict.fromkeys(self.counters, 0), **self._new_state(p, group))
-            s["step"] += 1
+            s = self._counted(p, g, group)
             if prepares:
                 extra = self._prepare(p, s, group)
             if shaped and id(p) in shaped:
@@ -215,6 +210,16 @@ class OptimizerBase(Optimizer):
             batch.states.append({**s, **extra} if extra else s)
         for key, batch in batches.items():
             self._run(batch, (*self.buffers, *key[3:]), group)
+
+    def _counted(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> State:
+        """The state of a parameter with gradient ``g``, made if it has none, with one update more on its counter."""
+        if g.layout is not torch.strided:
+            refuse_sparse(self._name)
+        s: State = self.state[p]
+        if not s:
+            s.update(dict.fromkeys(self.counters, 0), **self._new_state(p, group))
+        s["step"] += 1
+        return s
 
     def _run(self, batch: _Batch, names: Sequence[str], group: dict[str, Any]) -> None:
         c = self._numbers(group, batch.states[0])
