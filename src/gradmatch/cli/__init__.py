@@ -5,12 +5,23 @@ Heavy libraries load inside the commands, so that help and completion answer at 
 
 from __future__ import annotations
 
-from gradmatch.cli import _board, _catalog, _data, _demo, _distill, _evidence, _gradients, _merge, _select
+from gradmatch.cli import (
+    _board,
+    _catalog,
+    _data,
+    _demo,
+    _distill,
+    _evidence,
+    _gradients,
+    _merge,
+    _select,
+    _transplant,
+)
 from gradmatch.cli._app import app
 
 __all__ = ["app", "main"]
 
-for module in (_catalog, _demo, _distill, _select, _gradients, _merge, _evidence, _board, _data):
+for module in (_catalog, _demo, _distill, _select, _gradients, _merge, _transplant, _evidence, _board, _data):
     module.register(app)
 
 

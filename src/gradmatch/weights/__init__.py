@@ -1,6 +1,7 @@
 """What a model builder does with trained networks: merge, align, transplant, compress, search.
 
-``merge`` averages models, plainly or by their ``fisher_diagonal``; ``search`` chooses the weights.
+``merge`` averages models, plainly or by their ``fisher_diagonal``; ``search`` chooses the weights. ``transplant`` gives
+a language model another's tokenizer.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradmatch.weights._omp_tokens import TransplantReport, transplant, transplant_folder
     from gradmatch.weights.fisher_merge import fisher_diagonal, merge, search
 
 _HOMES = {
     "fisher_diagonal": "fisher_merge",
     "merge": "fisher_merge",
     "search": "fisher_merge",
+    "TransplantReport": "_omp_tokens",
+    "transplant": "_omp_tokens",
+    "transplant_folder": "_omp_tokens",
 }
 
 __all__ = [
+    "TransplantReport",
     "fisher_diagonal",
     "merge",
     "search",
+    "transplant",
+    "transplant_folder",
 ]
 
 
