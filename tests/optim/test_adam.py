@@ -59,7 +59,7 @@ def test_uncorrected_eps_stands_beside_the_uncorrected_root() -> None:
         w -= lr * (1 - b2**t) ** 0.5 / (1 - b1**t) * m / (v**0.5 + eps)
         p.grad = torch.tensor([g], dtype=torch.float64)
         optimizer.step()
-        assert float(p) == pytest.approx(w, abs=1e-14)
+        assert p.item() == pytest.approx(w, abs=1e-14)
 
 
 def test_bias_correction_counts_the_updates_of_a_parameter() -> None:

@@ -209,6 +209,19 @@ def test_flat_gradients_stay_views_through_zero_grad_and_skip_what_has_none() ->
     assert [optimizer.state[p]["step"] for p in (net.kernel, net.head)] == [1, 2]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_cleared_state_starts_anew(flat: bool) -> None:
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = Momentum([p], flat=flat)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert optimizer.state[p]["m"].tolist() == [1.0] * 3
+
+
 def test_flat_groups_of_mixed_kinds_and_types() -> None:
     kinds = [torch.float32, torch.float64, torch.bfloat16]
 

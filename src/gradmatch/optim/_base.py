@@ -281,10 +281,8 @@ class OptimizerBase(Optimizer):
             return
         plain = partial(_applied, self)
         try:
-            own = FunctionType(
-                _applied.__code__.replace(), globals()
-            )  # compiled kernels are counted by code object
-            kernel = partial(torch.compile(own, fullgraph=True), self)
+            code = _applied.__code__.replace()  # kernels are counted, and limited, by code object
+            kernel = partial(torch.compile(FunctionType(code, globals()), fullgraph=True), self)
             kernel(*call)
             self._kernel = kernel
         except Exception as error:  # raised before anything ran: there is no kernel yet

@@ -54,7 +54,8 @@ class FlatState:
         Each is (place in the vectors, a state with its counters, vectors for this step only).
         """
         present = self.storage.collect()
-        if self._steady and all(present):
+        known = self._steady and owner.state.get(self.storage.params[0]) is self._steady[0]
+        if known and all(present):
             for s in self._steady:
                 s["step"] += 1
             yield slice(None), self._steady[0], {}
