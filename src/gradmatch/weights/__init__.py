@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmatch.weights._omp_tokens import TransplantReport, transplant, transplant_folder
     from gradmatch.weights.fisher_merge import fisher_diagonal, merge, search
+    from gradmatch.weights.omp_tokens import TransplantReport, transplant, transplant_folder
 
 _HOMES = {
     "fisher_diagonal": "fisher_merge",
     "merge": "fisher_merge",
     "search": "fisher_merge",
-    "TransplantReport": "_omp_tokens",
-    "transplant": "_omp_tokens",
-    "transplant_folder": "_omp_tokens",
+    "TransplantReport": "omp_tokens",
+    "transplant": "omp_tokens",
+    "transplant_folder": "omp_tokens",
 }
 
 __all__ = [
