@@ -69,6 +69,23 @@ def test_float32_keeps_the_small_costs_of_near_times() -> None:
             assert float(naive) != pytest.approx(float(wanted[i, j]), rel=0.5)
 
 
+def test_an_euler_trajectory_needs_one_matrix_and_gives_the_same(monkeypatch) -> None:
+    from gradmatch.core import schedule
+
+    times = torch.rand(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort()[0]
+    slopes = randn(12, 5, 4, seed=1)
+    steps = times.diff()[:, None, None] * slopes
+    states = torch.cat([randn(1, 5, 4), randn(1, 5, 4) + steps.cumsum(0)])
+    made: list[int] = []
+    plain = schedule._products
+    monkeypatch.setattr(schedule, "_products", lambda a, b: made.append(1) or plain(a, b))
+    got, wanted = jump_cost(states, slopes, times, exact=True), double_loop(states, slopes, times)
+    assert made == [1]
+    assert got.diagonal(1).tolist() == [0.0] * 12
+    upper = torch.ones(13, 13, dtype=torch.bool).triu(2)
+    assert float((got - wanted)[upper].abs().max()) < 1e-12 * float(wanted[upper].max())
+
+
 def test_a_distance_sees_every_pair_once() -> None:
     seen: list[int] = []
 

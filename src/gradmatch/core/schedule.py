@@ -29,9 +29,9 @@ def jump_cost(
 ) -> Tensor:
     """C[i, j] = mean over samples of |X_i + (t_j - t_i) V_i - X_j|^2 for j > i, and infinity elsewhere.
 
-    X_j - X_i is a sum of the steps D_k = X_{k+1} - X_k, so that two matrices of inner products, D D^T and V D^T, give
-    all jumps without a tensor of (i, j, sample, pixel) and without cancelling large |X|^2. Products are taken in the
-    type of ``states``, a block of columns at a time, and added up in float64.
+    X_j - X_i is a sum of the steps D_k = X_{k+1} - X_k, so that two matrices of inner products, D D^T and V D^T (one
+    for an Euler trajectory), give all jumps without a tensor of (i, j, sample, pixel) and without cancelling large
+    |X|^2. Products are taken in the type of ``states``, a block of columns at a time, and added up in float64.
 
     Args:
         states: X (K + 1, n, ...).
@@ -39,7 +39,8 @@ def jump_cost(
         times: (K + 1,), strictly rising or falling.
         scale: factor of X_j in the space where errors count (K + 1,); default 1.
         distance: in place of the squared distance, summed over pixels; then every jump is made (slow).
-        exact: the trajectory was made by these very jumps, so that C[i, i + 1] is 0 up to rounding; it is set to 0.
+        exact: the trajectory was made by these very jumps, D_k = (t_{k+1} - t_k) V_k, so that C[i, i + 1] is 0 up to
+            rounding; it is set to 0.
 
     Returns:
         (K + 1, K + 1) float64 on the CPU.
@@ -57,7 +58,7 @@ def jump_cost(
     times = times.double().cpu()
     weights = torch.ones(last + 1, dtype=torch.float64) if scale is None else scale.double().cpu()
     cost = (
-        _squares(states, slopes, times) * weights.square()
+        _squares(states, slopes, times, exact) * weights.square()
         if distance is None
         else _distances(states, slopes, times, weights, distance)
     )
@@ -67,23 +68,31 @@ def jump_cost(
     return cost
 
 
-def _squares(states: Tensor, slopes: Tensor, times: Tensor) -> Tensor:
+def _squares(states: Tensor, slopes: Tensor, times: Tensor, exact: bool) -> Tensor:
     last, samples = slopes.shape[:2]
     x, v = states.reshape(last + 1, -1), slopes.reshape(last, -1)
-    steps, both, norms = torch.zeros(3, last, last, dtype=torch.float64)
-    for c in range(0, x.shape[1], _BLOCK):
-        d, slope = x[:, c : c + _BLOCK].diff(dim=0), v[:, c : c + _BLOCK]
-        steps += (d @ d.T).double().cpu()
-        both += (slope @ d.T).double().cpu()
-        norms.diagonal().add_(slope.square().sum(1).double().cpu())
+    if exact:  # D_k = h_k V_k, so that one matrix gives both
+        own, h = _products(v, v), times.diff()
+        steps, both, norms = h[:, None] * own * h, own * h, own.diagonal()
+    else:
+        d = x.diff(dim=0)
+        steps, both, norms = _products(d, d), _products(v, d), v.square().sum(1, dtype=torch.float64).cpu()
     block = pad(steps.cumsum(0).cumsum(1), (1, 0, 1, 0))
     along = pad(both.cumsum(1), (1, 0, 0, 1))
     own = block.diagonal()
     moved = own - block - block.T + own[:, None]  # |X_j - X_i|^2
     towards = along - along.diagonal()[:, None]  # <V_i, X_j - X_i>
     gap = times - times[:, None]
-    length = pad(norms.diagonal(), (0, 1))[:, None]
+    length = pad(norms, (0, 1))[:, None]
     return (gap.square() * length - 2 * gap * towards + moved).clamp_min(0) / samples
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in their own type by blocks of columns, added up in float64."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for c in range(0, a.shape[1], _BLOCK):
+        total += (a[:, c : c + _BLOCK] @ b[:, c : c + _BLOCK].T).double().cpu()
+    return total
 
 
 def _distances(states: Tensor, slopes: Tensor, times: Tensor, weights: Tensor, distance: Distance) -> Tensor:
