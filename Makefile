@@ -25,7 +25,7 @@ evidence: $(STAMP)
 	$(BIN)/gradmatch evidence --all
 	$(BIN)/gradmatch board --readme README.md
 
-# the peers come from the extra [race]; one that cannot be had is reported as missing by its race
+# the peers come from the extra [race] and benchmarks/peers.txt; one that cannot be had is reported as missing by its race
 race: .venv/.raced
 	@failed=0; for file in $(RACES); do echo "== $$file"; \
 	$(BIN)/python $$file --json benchmarks/$$(basename $$file .py).json || failed=1; done; exit $$failed
@@ -42,8 +42,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.venv/.raced: $(STAMP)
+.venv/.raced: $(STAMP) benchmarks/peers.txt
 	-$(BIN)/python -m pip install -q -c constraints.txt -e '.[race]'
+	@grep '^[^#]' benchmarks/peers.txt | while read -r peer; do \
+	$(BIN)/python -m pip install -q --no-deps "$$peer" || echo "could not install $$peer"; done
 	@touch $@
 
 clean:
