@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from gradmatch.core import _vmapped, _workers
 from gradmatch.core._members import Recipe, forward_flops
 from gradmatch.core.checks import InputError
+from gradmatch.core.cpu import threads
 from gradmatch.core.ensemble import Ensemble, member_seeds, train_ensemble
 from gradmatch.core.networks import build
 
@@ -172,7 +175,8 @@ def test_second_gradients_do_not_move_running_statistics():
 
 
 def test_worker_processes_equal_the_loop():
-    pytest.importorskip("joblib")
+    pickling = pytest.importorskip("joblib.externals.cloudpickle")
+    pickling.register_pickle_by_value(sys.modules[__name__])  # some packages install a "tests" of their own
     x, y = _data(soft=True)
     options = {"record": (0, 2, EPOCHS), "augment": lambda x, g: shift(x, g), "test": _data(), **OPTIONS}
     ticks = []
@@ -191,6 +195,41 @@ def test_worker_processes_equal_the_loop():
     assert torch.equal(got.test_accuracy, want.test_accuracy)
     with pytest.raises(InputError, match="loss of member 0"):
         train_ensemble(mlp, _data(), N, program="processes", workers=2, **{**OPTIONS, "lr": 1e200})
+
+
+@pytest.mark.parametrize("factory", [mlp, normed, conv])
+def test_threads_equal_the_loop(factory):
+    x, y = _data(images=factory is conv)
+    options = {"record": (0, 2, EPOCHS), "augment": shift, "test": (x, y), **OPTIONS}
+    ticks, state = [], torch.random.get_rng_state()
+    want = train_ensemble(factory, (x, y), N, program="loop", **options)
+    with threads(2):
+        got = train_ensemble(
+            factory, (x, y), N, program="threads", progress=lambda *p: ticks.append(p), **options
+        )
+        assert torch.get_num_threads() == 2
+    assert (got.program, got.reason) == ("threads", "asked for")
+    assert ticks[-1] == (N * EPOCHS, N * EPOCHS)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for ours, theirs in ((got.params, want.params), (got.buffers, want.buffers)):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.losses, want.losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.trajectories, want.trajectories)
+    assert torch.equal(got.test_accuracy, want.test_accuracy)
+
+
+def test_threads_refuse_divergence_and_random_layers_go_to_the_loop():
+    x, y = _data()
+    with threads(2):
+        with pytest.raises(InputError, match="loss of member 0"):
+            train_ensemble(mlp, (x, y), N, program="threads", **{**OPTIONS, "lr": 1e200})
+        got = train_ensemble(noisy, (x, y), N, program="threads", record="epochs", **OPTIONS)
+    assert got.program == "loop"
+    assert "draws random numbers" in got.reason
+    _same(got, noisy, x, y)
+    with threads(1):
+        assert train_ensemble(mlp, (x, y), N, program="threads", **OPTIONS).program == "loop"
 
 
 def test_what_cannot_be_pickled_falls_to_the_loop_and_says_so():
@@ -220,6 +259,11 @@ def test_auto_chooses_by_network_and_work():
     few = train_ensemble(conv, (images, y), N, workers=2, **OPTIONS)
     assert few.program == "loop"
     assert "would not repay" in few.reason
+    many, y = torch.randn(600, 1, 12, 12, dtype=torch.float64), torch.arange(600) % 3
+    wide = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3200, 3))
+    with threads(2):
+        long = train_ensemble(wide, (many, y), 2, **{**OPTIONS, "epochs": 1, "batch_size": 600})
+    assert (long.program, long.reason) == ("threads", "steps long enough for 2 threads")
 
 
 def test_operations_are_counted_by_layer():
@@ -300,7 +344,7 @@ def test_same_seed_same_result_and_the_global_generator_is_left(program):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"program": "threads"}, "program is 'threads'"),
+        ({"program": "fibres"}, "program is 'fibres'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"lr": float("inf")}, "lr is inf"),
         ({"momentum": 1.5}, "momentum is 1.5"),

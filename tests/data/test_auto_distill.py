@@ -41,7 +41,7 @@ def test_ridge_loss_is_that_of_the_primal_regression():
 def test_pool_step_is_sgd_on_the_synthetic_set():
     method = AutoDistill(**SMALL)
     job = method.job(blobs(), tiny())
-    state = method.start(job)
+    state, net = method.start(job), method._nets_of(job)[0]
     module = tiny()()
     module.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("net0:")})
     weights, speeds = list(module.parameters()), [0.0] * len(list(module.parameters()))
@@ -51,11 +51,11 @@ def test_pool_step_is_sgd_on_the_synthetic_set():
         speeds = [0.9 * s + g + 5e-4 * w.detach() for s, g, w in zip(speeds, grads, weights, strict=True)]
         with torch.no_grad():
             for w, s in zip(weights, speeds, strict=True):
-                w -= method._net_of(job).rate * s
+                w -= net.rate * s
         if k == 0:
-            method._train(job, method._net_of(job), state, 0)
+            method._train(job, net, state, 0, 1)
         else:  # the ridge step trains with the forward pass that it shares
-            method._regress(job, method._net_of(job), state, 0, job.real)
+            method._regress(job, net, state, 0, job.real)
     for name, value in module.named_parameters():
         torch.testing.assert_close(state[f"net0:{name}"], value.detach())
     assert state["ages"].tolist() == [2, 2]
@@ -72,15 +72,15 @@ def test_ridge_step_leaves_the_gradient_of_its_loss():
     images = state["images"].clone().requires_grad_()
     loss = method._ridge_loss(job, module(images), module(job.real.x).detach(), job.real.y)
     wanted = torch.autograd.grad(loss, images)[0]
-    method._regress(job, method._net_of(job), state, 1, job.real)
-    torch.testing.assert_close(state["grad:images"], wanted)
+    _, found = method._regress(job, method._nets_of(job)[0], state, 1, job.real)
+    torch.testing.assert_close(found["images"], wanted)
 
 
 def test_refinement_gradient_is_that_of_autograd_through_sgd():
     method = AutoDistill(**SMALL | {"labels": "learned"})
     job = method.job(blobs(), tiny())
     state = method.start(job)
-    net = method._net_of(job)
+    net = method._nets_of(job)[0]
     weights = net.parameters(state, 1)
     speeds = net.parameters(state, 1, "speed")
     images, logits = (state[k].clone().requires_grad_() for k in ("images", "logits"))
@@ -93,9 +93,9 @@ def test_refinement_gradient_is_that_of_autograd_through_sgd():
     out = net(weights, job.real.x)[0]
     outer = nn.functional.cross_entropy(out * best_scale(out.detach(), job.real.y), job.real.y)
     wanted = torch.autograd.grad(outer, [images, logits])
-    method._refine(job, net, state, 1, job.real)
-    torch.testing.assert_close(state["grad:images"], wanted[0], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(state["grad:logits"], wanted[1], rtol=1e-3, atol=1e-6)
+    _, found = method._refine(job, net, state, 1, job.real)
+    torch.testing.assert_close(found["images"], wanted[0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found["logits"], wanted[1], rtol=1e-3, atol=1e-6)
     assert int(state["ages"][1]) == 4
 
 
@@ -145,12 +145,6 @@ def test_same_seed_same_result_and_the_global_generator_is_left():
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-
-
-def test_bfloat16_features_change_little():
-    exact, rough = (AutoDistill(**SMALL, bfloat16=b).distill(blobs(), tiny()).images for b in (False, True))
-    assert not torch.equal(exact, rough)
-    assert float((exact - rough).abs().mean()) < 0.05
 
 
 def test_smooth_labels_and_learned_labels_are_probabilities():

@@ -99,28 +99,46 @@ def train_member(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[nn.Module, Trained]:
     """Train member ``member`` on its own; ``progress`` is called after every epoch with 1."""
+    module = fresh_member(network, x, recipe, member)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(member_seeds(recipe.seed, member).layers)
+        return train_module(module, x, y, recipe, member, progress)
+
+
+def fresh_member(network: Network, x: Tensor, recipe: Recipe, member: int) -> nn.Module:
+    """Member ``member`` before its first step, in train mode, of the kind of ``x``."""
+    init = member_seeds(recipe.seed, member).init
+    return build(network, init).to(device=x.device, dtype=x.dtype).train()
+
+
+def train_module(
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    member: int,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[nn.Module, Trained]:
+    """The training itself; random layers draw from the global generator as they find it."""
     seeds = member_seeds(recipe.seed, member)
-    module = build(network, seeds.init).to(device=x.device, dtype=x.dtype).train()
     order = torch.Generator().manual_seed(seeds.order)
     draws = torch.Generator(device=x.device).manual_seed(seeds.augment)
     step = _sgd_step(module, recipe) if recipe.update is None else _update_step(module, recipe)
     losses = torch.zeros(recipe.epochs, dtype=x.dtype, device=x.device)
     snapshots = [flat(dict(module.named_parameters()))] if 0 in recipe.record else []
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seeds.layers)
-        for epoch in range(recipe.epochs):
-            for index in batches(len(x), recipe.batch_size, order):
-                xb, yb = (x, y) if index is None else (x[index], y[index])
-                if recipe.augment is not None:
-                    xb = recipe.augment(xb, draws)
-                losses[epoch] += step(xb, yb, recipe.rate(epoch)) * (len(xb) / len(x))
-            if epoch + 1 in recipe.record:
-                snapshots.append(flat(dict(module.named_parameters())))
-            if (epoch + 1) % _CHECK_EVERY == 0 or epoch + 1 == recipe.epochs:
-                refuse_divergence(losses[None, : epoch + 1], recipe.lr, member)
-            if progress is not None:
-                progress(1)
+    for epoch in range(recipe.epochs):
+        for index in batches(len(x), recipe.batch_size, order):
+            xb, yb = (x, y) if index is None else (x[index], y[index])
+            if recipe.augment is not None:
+                xb = recipe.augment(xb, draws)
+            losses[epoch] += step(xb, yb, recipe.rate(epoch)) * (len(xb) / len(x))
+        if epoch + 1 in recipe.record:
+            snapshots.append(flat(dict(module.named_parameters())))
+        if (epoch + 1) % _CHECK_EVERY == 0 or epoch + 1 == recipe.epochs:
+            refuse_divergence(losses[None, : epoch + 1], recipe.lr, member)
+        if progress is not None:
+            progress(1)
     params = {k: p.detach() for k, p in module.named_parameters()}
     for name, p in params.items():
         checks.finite(f"parameter {name} of member {member} after training", p)

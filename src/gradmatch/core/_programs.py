@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
 
 from gradmatch.core import _vmapped, _workers, checks
-from gradmatch.core._members import Recipe, Trained, accuracy_of, logits_of, train_member
-from gradmatch.core.networks import Network
+from gradmatch.core._members import (
+    Recipe,
+    Trained,
+    accuracy_of,
+    forward_flops,
+    fresh_member,
+    logits_of,
+    train_member,
+    train_module,
+)
+from gradmatch.core.cpu import side_by_side
+from gradmatch.core.networks import Network, draws_random_numbers
 
-PROGRAMS = ("auto", "loop", "vmap", "processes")
+PROGRAMS = ("auto", "loop", "vmap", "threads", "processes")
 TEST_BATCH = 256
+_THREAD_FLOPS = 1e7
+"""Operations of a member's step below which threads wait for the interpreter more than they compute."""
 
 
 def choose(
@@ -39,6 +52,9 @@ def choose(
     if program == "processes":
         obstacle = _workers.why_not(network, x, recipe, n, workers or _workers.available())
         return ("loop", obstacle) if obstacle else ("processes", "asked for")
+    if program == "threads":
+        obstacle = _apart(template, x, recipe, n)
+        return ("loop", obstacle) if obstacle else ("threads", "asked for")
     if n == 1:
         return "loop", "there is one member"
     if x.device.type != "cpu" or _vmapped.pays_on_cpu(template, x, n, recipe.batch_size):
@@ -47,6 +63,9 @@ def choose(
             return "vmap", "one batched program is fastest here"
         if x.device.type != "cpu":
             return "loop", obstacle
+    work = 3 * forward_flops(template, x[:1]) * min(len(x), recipe.batch_size)
+    if work >= _THREAD_FLOPS and _apart(template, x, recipe, n) is None:
+        return "threads", f"steps long enough for {min(n, torch.get_num_threads())} threads"
     tested = 0 if test is None else len(test[0])
     count = workers or _workers.at_most()
     obstacle = _workers.too_little(template, x, recipe, n, count, tested)
@@ -55,6 +74,40 @@ def choose(
         obstacle = _workers.too_little(template, x, recipe, n, count, tested)
     obstacle = obstacle or _workers.why_not(network, x, recipe, n, count)
     return ("loop", obstacle) if obstacle else ("processes", f"enough work for {count} worker processes")
+
+
+def _apart(module: nn.Module, x: Tensor, recipe: Recipe, n: int) -> str | None:
+    """Why members cannot be trained in threads of this process; ``None`` if they can."""
+    if x.device.type != "cpu":
+        return f"the data are on {x.device.type}, where one member uses all there is"
+    if n == 1 or torch.get_num_threads() == 1:
+        return "there is one member" if n == 1 else "PyTorch has one thread"
+    if draws_random_numbers(module, x[: recipe.batch_size]):
+        return "the network draws random numbers, and threads share the generator they come from"
+    return None
+
+
+def run_threads(
+    network: Network,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    n: int,
+    test: tuple[Tensor, Tensor] | None,
+    done: Callable[[int], object] | None,
+) -> list[Trained]:
+    """Members side by side, each in one thread; they are built before, as that seeds the global generator."""
+    lock = Lock()
+
+    def count(more: int) -> None:
+        if done is not None:
+            with lock:
+                done(more)
+
+    def train(module: nn.Module, member: int) -> Trained:
+        return _tested(*train_module(module, x, y, recipe, member, count), test)
+
+    return side_by_side(train, [(fresh_member(network, x, recipe, k), k) for k in range(n)])
 
 
 def run_loop(
@@ -66,13 +119,13 @@ def run_loop(
     test: tuple[Tensor, Tensor] | None,
     done: Callable[[int], object] | None,
 ) -> list[Trained]:
-    results = []
-    for member in range(n):
-        module, trained = train_member(network, x, y, recipe, member, done)
-        if test is not None:
-            trained.accuracy = float(accuracy_of(logits_of(module, test[0], TEST_BATCH), test[1]))
-        results.append(trained)
-    return results
+    return [_tested(*train_member(network, x, y, recipe, k, done), test) for k in range(n)]
+
+
+def _tested(module: nn.Module, trained: Trained, test: tuple[Tensor, Tensor] | None) -> Trained:
+    if test is not None:
+        trained.accuracy = float(accuracy_of(logits_of(module, test[0], TEST_BATCH), test[1]))
+    return trained
 
 
 def stack(results: list[Trained], device: torch.device) -> Trained:

@@ -1,14 +1,18 @@
-"""Two settings of the C library and the thread pool that decide how fast small networks train on a CPU."""
+"""How small networks train fast on a CPU: freed memory that is kept, and threads that each train their own network."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -41,3 +45,35 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(work: Callable[..., R], tasks: Sequence[tuple[Any, ...]]) -> list[R]:
+    """``[work(*task) for task in tasks]``, in as many threads as PyTorch has, each with its share of those.
+
+    For work that spends its time in operations of a few milliseconds, as small networks do: too little for two
+    threads to share, enough to leave the interpreter free. The results do not depend on the number of threads
+    provided that the tasks share nothing they change (a module is changed by ``functional_call``: give each its own).
+
+    >>> side_by_side(lambda a, b: a + b, [(1, 2), (3, 4)])
+    [3, 7]
+    """
+    count = min(len(tasks), torch.get_num_threads())
+    if count < 2:
+        return [work(*task) for task in tasks]
+    share = torch.get_num_threads() // count
+
+    def run(task: tuple[Any, ...]) -> R:
+        with threads(share):
+            return work(*task)
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(run, task) for task in tasks]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(before)  # the count that new threads start with was set by the others

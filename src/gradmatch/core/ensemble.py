@@ -1,8 +1,8 @@
 """Many small networks trained at once, each exactly as it would be trained alone.
 
-Three programs do the same work: a plain loop over members, one batched program over stacked parameters
-(``torch.func.vmap``), and worker processes of one thread each. Which one pays is a property of the machine and
-the network; what comes out is the same up to rounding.
+Four programs do the same work: a plain loop over members, one batched program over stacked parameters
+(``torch.func.vmap``), members side by side in threads, and worker processes of one thread each. Which one pays is a
+property of the machine and the network; what comes out is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradmatch.core._members import (
     logits_of,
     member_seeds,
 )
-from gradmatch.core._programs import PROGRAMS, TEST_BATCH, choose, join, run_loop, stack
+from gradmatch.core._programs import PROGRAMS, TEST_BATCH, choose, join, run_loop, run_threads, stack
 from gradmatch.core.examples import Examples
 from gradmatch.core.networks import Network, build
 from gradmatch.core.store import load_tensors, save_tensors
@@ -196,8 +196,10 @@ def train_ensemble(
             the gradient of the present batch at any parameters and may be called several times.
         record: epochs after which to keep the parameters (0 is the initialisation), or "epochs" for all.
         test: pair (x, y) on which every member is tested after training.
-        program: "auto", "loop", "vmap" (one batched program), or "processes" (workers of one thread; needs
-            joblib and pickles the factory, else the loop runs and ``reason`` says why).
+        program: "auto", "loop", "vmap" (one batched program), "threads" (members side by side, each with its share
+            of PyTorch's threads; ``augment`` and ``update`` must not draw from the global generator), or "processes"
+            (workers of one thread; needs joblib and pickles the factory). Where threads or processes cannot be used
+            the loop runs and ``reason`` says why.
         workers: number of processes; default the cores this process may use.
         together: at most so many members in one batched program, where memory is short; default all.
         device: default the device of the data.
@@ -237,7 +239,8 @@ def train_ensemble(
     elif chosen == "processes":
         result = stack(_workers.train(network, x, y, recipe, n, workers, held, TEST_BATCH, done), x.device)
     else:
-        result = stack(run_loop(network, x, y, recipe, n, held, done), x.device)
+        run = run_threads if chosen == "threads" else run_loop
+        result = stack(run(network, x, y, recipe, n, held, done), x.device)
     ensemble = Ensemble(
         params=result.params,
         buffers=result.buffers,

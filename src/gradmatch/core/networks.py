@@ -84,6 +84,17 @@ def output_width(module: nn.Module, x: Tensor) -> int:
     return int(out.shape[1])
 
 
+def draws_random_numbers(module: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass in the module's present mode draws from the global CPU generator (left as found)."""
+    before = torch.random.get_rng_state()
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module)(x)
+        return not torch.equal(before, torch.random.get_rng_state())
+    finally:
+        torch.random.set_rng_state(before)
+
+
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether any layer keeps running statistics."""
     return any(

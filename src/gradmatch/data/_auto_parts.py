@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from gradmatch.core import checks
 from gradmatch.core.networks import active_dropout
+from gradmatch.core.pooling import with_product_pools
 from gradmatch.data._common import State
 
 Parameters = dict[str, Tensor]
@@ -52,7 +53,7 @@ class FeatureNet:
         checks.require(
             not active_dropout(module), "network has active dropout; build it without, or in eval mode."
         )
-        self.module, self.caught = module, x
+        self.module, self.caught = with_product_pools(module), x
         self.width = linear[-1].in_features
         self.rate = rate or COARSE * EVALUATOR_LR * min(4.0, EVALUATOR_FEATURES / self.width)
         linear[-1].register_forward_pre_hook(self._catch)

@@ -8,9 +8,11 @@ Two phases, both against a pool of narrow networks that are being trained on the
    literature takes 1e-6: the evaluator stops long before it has fitted the small eigenvalues of this kernel, so a
    weak ridge rewards directions that the evaluator never learns.
 2. *Refinement.* The real loss after a window of the networks' own training is differentiated through that training
-   by the exact adjoint (truncated windows at random ages: RaT-BPTT, Feng, Vedantam, Kempe, arXiv 2311.07025).
+   (truncated windows at random ages: RaT-BPTT, Feng, Vedantam, Kempe, arXiv 2311.07025). Above one image per class
+   windows begin once a network is ripe: what counts is the loss late in the evaluator's training.
 
-The pool's rate is four times the evaluator's, for a quarter of its steps: the same path, four times cheaper.
+The pool's rate is four times the evaluator's, for a quarter of its steps: the same path, four times cheaper. Every
+step takes several networks, side by side in threads of their own, and follows the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from gradmatch.core import checks
+from gradmatch.core.cpu import side_by_side
 from gradmatch.core.examples import Examples, as_examples
 from gradmatch.core.networks import Network, build
 from gradmatch.core.unroll import unrolled_gradient
@@ -41,7 +44,8 @@ class Preset:
     pool: int
 
 
-PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((1500, 1400), (3500, 160), 16)}
+PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((750, 900), (1500, 190), 16)}
+_GRAPH_IMAGES = 1500  # window times images up to which the graph of a whole window is kept: about a gigabyte
 
 
 class AutoDistill(Distiller):
@@ -66,9 +70,10 @@ class AutoDistill(Distiller):
         rate: the pool's learning rate; default 0.04 * min(4, 2048 / features of the last layer), four times
             the evaluator's 0.01 at its 2048 features.
         window: steps differentiated through in the second phase; default 10 at one image per class, else 6.
+        ripe: age from which windows begin; default 0 at one image per class, else half of ``age``. This, ``window``
+            and the rates of the second phase are of the same hold-out.
+        networks: networks of a step; threads of their own where the processor has them.
         batch_size: real images per step.
-        bfloat16: read the real features of the first phase in bfloat16: a third less time a step on a processor with
-            instructions for it, slower on others; default False.
         init, standardise, seed, device: as :class:`Distiller`; ``init`` may also be "kmeans" (default).
     """
 
@@ -83,15 +88,16 @@ class AutoDistill(Distiller):
         smoothing: float = 0.5,
         ridge: float = 0.1,
         image_lr: float = 0.02,
-        refine_lr: float = 0.005,
-        label_lr: float = 0.005,
+        refine_lr: float = 0.01,
+        label_lr: float = 0.02,
         average: float = 0.99,
         pool: int | None = None,
         age: int = 40,
         rate: float | None = None,
         window: int | None = None,
+        ripe: int | None = None,
+        networks: int = 2,
         batch_size: int = 256,
-        bfloat16: bool = False,
         init: str = "kmeans",
         standardise: bool = True,
         seed: int = 0,
@@ -121,13 +127,15 @@ class AutoDistill(Distiller):
         self.pool = PRESETS[preset].pool if pool is None else checks.whole("pool", pool)
         self.age = checks.whole("age", age)
         self.rate = None if rate is None else checks.positive("rate", rate)
-        longest = 10 if self.per_class == 1 else 6
+        longest, late = (10, 0) if self.per_class == 1 else (6, self.age // 2)
         self.window = checks.whole(
             "window", min(longest, self.age) if window is None else window, most=self.age
         )
+        late = min(late, self.age - self.window)
+        self.ripe = late if ripe is None else checks.whole("ripe", ripe, least=0, most=self.age - self.window)
+        self.networks = checks.whole("networks", networks, most=self.pool)
         self.batch_size = checks.whole("batch_size", batch_size)
-        self.bfloat16 = bool(bfloat16)
-        self._net: tuple[Job, FeatureNet] | None = None
+        self._nets: tuple[Job, list[FeatureNet]] | None = None
 
     def distill(
         self,
@@ -170,7 +178,6 @@ class AutoDistill(Distiller):
         return torch.cat([centroids(group, self.per_class, generator) for group in groups])
 
     def start(self, job: Job) -> State:
-        net = self._net_of(job)
         generator = torch.Generator().manual_seed(self.seed + 1)
         soft = self._smooth(job).log().clamp_min(-12.0)
         state: State = {
@@ -183,9 +190,14 @@ class AutoDistill(Distiller):
         for name in ("images", "logits"):
             state |= {f"{m}:{name}": torch.zeros_like(tensor(state, name)) for m in "mv"}
         for i in range(self.pool):
-            self._fresh(job, net, state, i)
-            for _ in range(i * self.age // self.pool):
-                self._train(job, net, state, i)
+            self._fresh(job, state, i)
+        nets = self._nets_of(job)
+        for first in range(0, self.pool, self.networks):
+            several = range(first, min(first + self.networks, self.pool))
+            tasks = [
+                (job, net, state, i, i * self.age // self.pool) for net, i in zip(nets, several, strict=False)
+            ]
+            side_by_side(self._train, tasks)
         return state
 
     def _smooth(self, job: Job) -> Tensor:
@@ -199,75 +211,81 @@ class AutoDistill(Distiller):
 
     # ------------------------------------------------------------------ the pool
 
-    def _net_of(self, job: Job) -> FeatureNet:
-        if self._net is None or self._net[0] is not job:
-            self._net = (job, FeatureNet(build(job.network, self.seed, job.device), job.images, self.rate))
-        return self._net[1]
+    def _nets_of(self, job: Job) -> list[FeatureNet]:
+        """One copy of the network for each network of a step: threads cannot share a module."""
+        if self._nets is None or self._nets[0] is not job:
+            made = [build(job.network, self.seed, job.device) for _ in range(self.networks)]
+            self._nets = (job, [FeatureNet(m, job.images, self.rate) for m in made])
+        return self._nets[1]
 
-    def _fresh(self, job: Job, net: FeatureNet, state: State, i: int) -> None:
+    def _fresh(self, job: Job, state: State, i: int) -> None:
         seed = int(torch.randint(2**62, (), generator=_generator(state)))
         for name, value in build(job.network, seed, job.device).named_parameters():
             state[f"net{i}:{name}"] = value.detach().clone()
             state[f"speed{i}:{name}"] = torch.zeros_like(value)
         tensor(state, "ages")[i] = 0
 
-    def _train(self, job: Job, net: FeatureNet, state: State, i: int) -> None:
-        """One step of network ``i`` on the synthetic set, as the evaluator would take it."""
+    def _train(self, job: Job, net: FeatureNet, state: State, i: int, steps: int) -> None:
+        """Steps of network ``i`` on the synthetic set, as the evaluator would take them."""
         images, labels = tensor(state, "images"), self._probabilities(job, tensor(state, "logits"))
-        weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
-        loss = cross_entropy(net(weights, images)[0], labels)
-        self._move(
-            net, state, i, dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-        )
+        for _ in range(steps):
+            weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
+            loss = cross_entropy(net(weights, images)[0], labels)
+            self._move(net, state, i, weights, loss)
 
-    def _move(self, net: FeatureNet, state: State, i: int, gradient: Parameters) -> None:
+    def _move(self, net: FeatureNet, state: State, i: int, weights: Parameters, loss: Tensor) -> None:
+        """One step of SGD with momentum down the gradient of ``loss``."""
+        gradient = torch.autograd.grad(loss, list(weights.values()))
         with torch.no_grad():
-            for name, g in gradient.items():
-                weight, speed = tensor(state, f"net{i}:{name}"), tensor(state, f"speed{i}:{name}")
-                speed = 0.9 * speed + g + 5e-4 * weight
-                state[f"speed{i}:{name}"], state[f"net{i}:{name}"] = speed, weight - net.rate * speed
+            for (name, weight), g in zip(weights.items(), gradient, strict=True):
+                speed = 0.9 * tensor(state, f"speed{i}:{name}") + g + 5e-4 * weight
+                state[f"speed{i}:{name}"], state[f"net{i}:{name}"] = speed, weight.detach() - net.rate * speed
         tensor(state, "ages")[i] += 1
 
     # ------------------------------------------------------------------ the steps
 
     def step(self, job: Job, state: State, k: int) -> Mapping[str, float]:
-        net = self._net_of(job)
         generator = _generator(state)
-        i = int(torch.randint(self.pool, (), generator=generator))
-        real = job.real.take(
-            torch.randint(len(job.real), (self.batch_size,), generator=generator).to(job.device)
-        )
+        members = torch.randperm(self.pool, generator=generator)[: self.networks].tolist()
         refining = k >= self.ridge_steps
         span = self.window if refining else 1
-        if int(tensor(state, "ages")[i]) + span > self.age:
-            self._fresh(job, net, state, i)
-        loss = self._refine(job, net, state, i, real) if refining else self._regress(job, net, state, i, real)
+        tasks = []
+        for net, i in zip(self._nets_of(job), members, strict=True):
+            index = torch.randint(len(job.real), (self.batch_size,), generator=generator)
+            if int(tensor(state, "ages")[i]) + span > self.age:
+                self._fresh(job, state, i)  # not in a thread: it seeds the global generator for a moment
+            tasks.append((job, net, state, i, job.real.take(index.to(job.device))))
+        found = side_by_side(self._refine if refining else self._regress, tasks)
+        loss = sum(f[0] for f in found) / len(found)
         first, count = (self.ridge_steps, self.refine_steps) if refining else (0, self.ridge_steps)
         fade = max(1 / 30, min(1.0, 2 * (1 - (k - first) / count)))
-        self._descend(state, "images", fade * (self.refine_lr if refining else self.image_lr), k - first)
+        rates = {"images": self.refine_lr if refining else self.image_lr}
         if refining and self.labels == "learned":
-            self._descend(state, "logits", fade * self.label_lr, k - first)
+            rates["logits"] = self.label_lr
+        for name, rate in rates.items():
+            g = torch.stack([f[1][name] for f in found]).mean(0)
+            self._descend(state, name, g, fade * rate, k - first)
         keep = min(self.average, k / (k + 10))
         for name, mean in (("images", "mean"), ("logits", "mean_logits")):
             state[mean] = tensor(state, mean).lerp(tensor(state, name), 1 - keep)
         return {"loss": loss}
 
-    def _regress(self, job: Job, net: FeatureNet, state: State, i: int, real: Examples) -> float:
+    def _regress(
+        self, job: Job, net: FeatureNet, state: State, i: int, real: Examples
+    ) -> tuple[float, Parameters]:
         """Ridge regression from the synthetic to the real features; the same forward pass also trains the network."""
         weights = {k: v.requires_grad_() for k, v in net.parameters(state, i).items()}
         images = tensor(state, "images").detach().requires_grad_()
-        with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=self.bfloat16):
-            f_real = net(weights, real.x)[1].to(images.dtype)
+        with torch.no_grad():
+            f_real = net(weights, real.x)[1]
         logits, features = net(weights, images)
         leaf = features.detach().requires_grad_()
         loss = self._ridge_loss(job, leaf, f_real, real.y)
         pull = torch.autograd.grad(loss, leaf)[0]
-        state["grad:images"] = torch.autograd.grad(features, images, pull, retain_graph=True)[0]
+        gradient = torch.autograd.grad(features, images, pull, retain_graph=True)[0]
         inner = cross_entropy(logits, self._probabilities(job, tensor(state, "logits")))
-        self._move(
-            net, state, i, dict(zip(weights, torch.autograd.grad(inner, list(weights.values())), strict=True))
-        )
-        return float(loss.detach())
+        self._move(net, state, i, weights, inner)
+        return float(loss.detach()), {"images": gradient}
 
     def _ridge_loss(self, job: Job, features: Tensor, f_real: Tensor, y_real: Tensor) -> Tensor:
         """Mean squared error of the ridge regression fitted to the synthetic features (n, d), on the real ones."""
@@ -280,8 +298,11 @@ class AutoDistill(Distiller):
         error: Tensor = fitted - one_hot(y_real, classes).to(fitted) + 1 / classes
         return error.square().mean()
 
-    def _refine(self, job: Job, net: FeatureNet, state: State, i: int, real: Examples) -> float:
+    def _refine(
+        self, job: Job, net: FeatureNet, state: State, i: int, real: Examples
+    ) -> tuple[float, Parameters]:
         """The real loss after a window of the network's own training, through that training."""
+        self._train(job, net, state, i, max(0, self.ripe - int(tensor(state, "ages")[i])))
         inputs = {"images": tensor(state, "images"), "logits": tensor(state, "logits")}
 
         def step_loss(theta: Parameters, _: int, x: Parameters) -> Tensor:
@@ -298,6 +319,8 @@ class AutoDistill(Distiller):
             inputs,
             net.rate,
             self.window,
+            # the same gradient either way; the adjoint's memory does not grow with the window
+            "full" if self.window * len(job.images) <= _GRAPH_IMAGES else "exact",
             momentum=0.9,
             weight_decay=5e-4,
             velocity0=net.parameters(state, i, "speed"),
@@ -305,12 +328,11 @@ class AutoDistill(Distiller):
         for name, weight in out.theta.items():
             state[f"net{i}:{name}"], state[f"speed{i}:{name}"] = weight, out.velocity[name]
         tensor(state, "ages")[i] += self.window
-        state["grad:images"], state["grad:logits"] = out.grads["images"], out.grads["logits"]
-        return float(out.loss)
+        return float(out.loss), dict(out.grads)
 
-    def _descend(self, state: State, name: str, rate: float, k: int) -> None:
+    def _descend(self, state: State, name: str, g: Tensor, rate: float, k: int) -> None:
         """Adam with betas (0.9, 0.99); its moments start anew with each phase, whose gradients differ in size."""
-        g, alive = tensor(state, f"grad:{name}"), float(k > 0)
+        alive = float(k > 0)
         m = state[f"m:{name}"] = alive * 0.9 * tensor(state, f"m:{name}") + 0.1 * g
         v = state[f"v:{name}"] = alive * 0.99 * tensor(state, f"v:{name}") + 0.01 * g.square()
         m, v = m / (1 - 0.9 ** (k + 1)), v / (1 - 0.99 ** (k + 1))
