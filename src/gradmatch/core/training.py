@@ -91,7 +91,7 @@ def train(
         checks.fraction("average", average, zero=True, one=False)
     make = optimizer or (lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0))
     step_size = make(trained, lr=checks.positive("lr", lr))
-    kept = _State(module, step_size, average)
+    kept = TrainState(module, step_size, average)
     first = kept.resume(run)
     generator = torch.Generator(trained[0].device)
     losses: list[float] = []
@@ -166,8 +166,8 @@ def _rate(step: int, steps: int, schedule: str, warmup: int) -> float:
     return rise if schedule == "constant" else rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class _State:
-    """Module, optimiser and average as one set of named tensors."""
+class TrainState:
+    """Module, optimiser and average (by ``decay``, or None) as one set of named tensors."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, decay: float | None) -> None:
         self.module, self.optimizer, self.decay = module, optimizer, decay
@@ -175,6 +175,7 @@ class _State:
         self.shadow = {} if decay is None else {k: p.detach().clone() for k, p in self.now.items()}
 
     def follow(self) -> None:
+        """Move the average towards the weights of now."""
         if self.decay is not None:
             with torch.no_grad():
                 now = [p.detach() for p in self.now.values()]
@@ -191,6 +192,7 @@ class _State:
         return {k: names.get(k, v.detach().clone()) for k, v in self.module.state_dict().items()}
 
     def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
         found = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         found |= {f"average.{k}": v for k, v in self.shadow.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -198,10 +200,15 @@ class _State:
         return found
 
     def resume(self, run: RunFolder | None) -> int:
+        """Go on from what the folder keeps; the step it was kept at, 0 for none."""
         found = None if run is None else run.load()
         if found is None:
             return 0
-        step, tensors, _ = found
+        self.restore(found[1])
+        return found[0]
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`tensors` gave."""
         device = next(iter(self.now.values())).device
 
         def of(head: str) -> dict[str, Tensor]:
@@ -220,4 +227,3 @@ class _State:
             state.setdefault(int(index), {})[key] = value
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": state})
-        return step
