@@ -13,6 +13,7 @@ from gradmatch.cli import (
     _distill,
     _evidence,
     _gradients,
+    _match,
     _merge,
     _select,
     _transplant,
@@ -21,7 +22,19 @@ from gradmatch.cli._app import app
 
 __all__ = ["app", "main"]
 
-for module in (_catalog, _demo, _distill, _select, _gradients, _merge, _transplant, _evidence, _board, _data):
+for module in (
+    _catalog,
+    _demo,
+    _distill,
+    _select,
+    _gradients,
+    _merge,
+    _match,
+    _transplant,
+    _evidence,
+    _board,
+    _data,
+):
     module.register(app)
 
 

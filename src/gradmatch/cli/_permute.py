@@ -21,16 +21,11 @@ def permuted(models: Sequence[str], sources: Sequence[StateDict]) -> list[StateD
     Raises:
         InputError: models without their networks, or a network of which no units may be permuted.
     """
-    from gradmatch import weights
     from gradmatch.cli._pretrained import is_pretrained, load_model
     from gradmatch.core.assign import PermutationSpec
     from gradmatch.core.state_dicts import open_state_dict
+    from gradmatch.weights import weight_match
 
-    match = getattr(weights, "weight_match", None)
-    checks.require(
-        match is not None, "--method permute needs weight matching, which this version does not have."
-    )
-    assert match is not None
     for path in models:
         checks.require(
             is_pretrained(path),
@@ -50,7 +45,7 @@ def permuted(models: Sequence[str], sources: Sequence[StateDict]) -> list[StateD
     target, found = network.state_dict(), [sources[0]]
     for path in models[1:]:
         own = load_model(path, path).state_dict()
-        moved = match(spec, target, own).apply(own)
+        moved = weight_match(spec, target, own).apply(own)
         kept = {
             name: moved[name] for name in sources[0].specs if name in moved
         }  # tied names stand there once

@@ -1,7 +1,8 @@
 """What a model builder does with trained networks: merge, align, transplant, compress, search.
 
-``merge`` averages models, plainly or by their ``fisher_diagonal``; ``search`` chooses the weights. ``transplant`` gives
-a language model another's tokenizer.
+``merge`` averages models, plainly or by their ``fisher_diagonal``; ``search`` chooses the weights. ``weight_match``
+permutes a network's units so that it averages well with another. ``transplant`` gives a language model another's
+tokenizer.
 """
 
 from __future__ import annotations
@@ -10,10 +11,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradmatch.core.assign import Permutation, PermutationSpec
+    from gradmatch.weights._merge_analysis import MergeAnalysis, analyze_merge, barrier, energy_share
+    from gradmatch.weights._statistics import repair, reset_statistics
+    from gradmatch.weights._ste import ste_match
     from gradmatch.weights.fisher_merge import fisher_diagonal, merge, search
     from gradmatch.weights.omp_tokens import TransplantReport, transplant, transplant_folder
+    from gradmatch.weights.weight_matching import activation_match, weight_match
 
 _HOMES = {
+    "Permutation": "gradmatch.core.assign",
+    "PermutationSpec": "gradmatch.core.assign",
+    "MergeAnalysis": "_merge_analysis",
+    "analyze_merge": "_merge_analysis",
+    "barrier": "_merge_analysis",
+    "energy_share": "_merge_analysis",
+    "repair": "_statistics",
+    "reset_statistics": "_statistics",
+    "ste_match": "_ste",
+    "activation_match": "weight_matching",
+    "weight_match": "weight_matching",
     "fisher_diagonal": "fisher_merge",
     "merge": "fisher_merge",
     "search": "fisher_merge",
@@ -23,18 +40,31 @@ _HOMES = {
 }
 
 __all__ = [
+    "MergeAnalysis",
+    "Permutation",
+    "PermutationSpec",
     "TransplantReport",
+    "activation_match",
+    "analyze_merge",
+    "barrier",
+    "energy_share",
     "fisher_diagonal",
     "merge",
+    "repair",
+    "reset_statistics",
     "search",
+    "ste_match",
     "transplant",
     "transplant_folder",
+    "weight_match",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"gradmatch.weights.{_HOMES[name]}"), name)
+        home = _HOMES[name]
+        full = home if "." in home else f"gradmatch.weights.{home}"
+        return getattr(importlib.import_module(full), name)
     raise AttributeError(f"module 'gradmatch.weights' has no attribute {name!r}")
 
 

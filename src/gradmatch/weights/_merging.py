@@ -214,7 +214,7 @@ def warn_unrelated(models: Sequence[StateDict], names: Sequence[str]) -> None:
         if matrices and cosine < _RELATED:
             warnings.warn(
                 f"models[{k}] has cosine {cosine:.2f} with the target: they do not seem to come from one "
-                "initialisation, so permute one to the other first (weight_match).",
+                "initialisation, and average well only with their units matched (weight_match).",
                 stacklevel=4,
             )
 
