@@ -8,21 +8,11 @@ the published methods is chosen by a grid on 5,000 held-out training images, at 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
-from gradmatch.core import checks
-from gradmatch.core.examples import Examples
-from gradmatch.data import DCC, FTD, TESLA, AutoDistill, SyntheticDataset, evaluate, random_subset
-from gradmatch.data._common import Distiller
-from gradmatch.datasets import fashion_mnist
-from gradmatch.evidence._common import Result, Row, Settings, gain, hold_out, kept, parallel, verdict_of
-from gradmatch.zoo import ConvNet, convnet
+from gradmatch.evidence._common import Result, Row, Settings, gain, parallel, verdict_of
+from gradmatch.evidence.data._fashion_cells import AUTO, LONG_AUTO, SLUG, Cell, distilled, scored, tuned
 
-SLUG = "fashion-mnist-table"
 TITLE = "Fashion-MNIST at 1 and 10 images per class"
 CLAIM = (
     "Within ten minutes on two cores, AutoDistill passes the published Fashion-MNIST figures of DC (70.5 / 82.3) and "
@@ -47,142 +37,7 @@ GRIDS = {
 RATE_OF = {"dsa": "dc", "dsac": "dcc"}
 """Augmented methods take the rate chosen for their plain counterpart."""
 PUBLISHED_METHODS = ("dc", "dsa", "dcc", "dsac", "ftd", "tesla")
-AUTO, LONG_AUTO, HARD = "auto", "auto, long", "hard labels on the same images"
-TUNING_SEED = 1000
-HELD_PER_CLASS = 500
-
-
-def wide() -> ConvNet:
-    """The published evaluator's network."""
-    return convnet(width=128)
-
-
-def narrow() -> ConvNet:
-    """The network every method distils with."""
-    return convnet(width=32)
-
-
-@lru_cache(maxsize=1)
-def _data() -> tuple[Examples, Examples]:
-    split = fashion_mnist()
-    return split.train, split.test
-
-
-@lru_cache(maxsize=1)
-def _held_out() -> tuple[Examples, Examples]:
-    return hold_out(_data()[0], HELD_PER_CLASS, TUNING_SEED)
-
-
-# Image updates that take about half a minute of one quiet core of the machine the results were made on.
-STEPS = {
-    "dc": {1: 75, 10: 35},
-    "dsa": {1: 70, 10: 32},
-    "dcc": {1: 80, 10: 38},
-    "dsac": {1: 70, 10: 32},
-    "ftd": {1: 40, 10: 6},
-    "tesla": {1: 40, 10: 6},
-    "auto": {1: 300, 10: 120},
-}
-LONG = 10  # the full budget's multiple of those
-
-
-def _published_method(method: str, ipc: int, seed: int, steps: int, lr: float) -> Distiller:
-    """A published method in settings that fit the time: smaller real batches and fewer epochs than its preset."""
-    if method in ("dc", "dsa", "dcc", "dsac"):
-        return DCC(
-            per_class=ipc,
-            method=method,
-            steps=steps,
-            inner_loop=10,
-            net_epochs=5,
-            batch_real=64,
-            lr_img=lr,
-            seed=seed,
-        )
-    experts = {"n_experts": 2, "epochs": 5, "lr": 0.02, "batch_size": 64}
-    common: dict[str, Any] = {
-        "per_class": ipc,
-        "steps": steps,
-        "syn_steps": 10,
-        "expert_epochs": 1,
-        "max_start_epoch": 4,
-        "lr_img": lr,
-        "lr_syn": 0.02,
-        "seed": seed,
-    }
-    if method == "ftd":
-        return FTD(experts=experts | {"rho": 0.2, "alpha": 0.3, "adaptive": False}, ema_decay=0.9, **common)
-    return TESLA(experts=experts, **common)
-
-
-def _auto(ipc: int, seed: int, long: bool, full: bool) -> AutoDistill:
-    """The library's own recipe: at the time of the other rows, or its ten-minute preset."""
-    if long:
-        return AutoDistill(per_class=ipc, seed=seed, preset="full")
-    return AutoDistill(
-        per_class=ipc, seed=seed, steps=STEPS["auto"][ipc] * (LONG if full else 1), refine_steps=0
-    )
-
-
-def _distil(make: Callable[[], Distiller], train: Examples) -> tuple[SyntheticDataset, float]:
-    began = time.process_time()
-    result = make().distill(train, narrow)
-    return result, time.process_time() - began
-
-
-def _tuned(settings: Settings, method: str, ipc: int, lr: float, full: bool) -> dict[str, float]:
-    """Hold-out accuracy of one image rate: a third of the time, one network of width 32."""
-    steps = max(2, STEPS[method][ipc] // 3) * (LONG if full else 1)
-
-    def make() -> dict[str, float]:
-        began = time.perf_counter()
-        train, held = _held_out()
-        train = _expert_share(method, train)
-        try:
-            made, _ = _distil(lambda: _published_method(method, ipc, TUNING_SEED, steps, lr), train)
-        except checks.InputError:  # a rate at which the loss leaves the finite numbers is the worst there is
-            return {"accuracy": 0.0, "wall": time.perf_counter() - began}
-        scores = evaluate(made, narrow, held, networks=1, epochs=150, lr=0.02, program="loop")
-        return {"accuracy": scores.mean, "wall": time.perf_counter() - began}
-
-    config = {"steps": steps, "lr": lr, "version": 1}
-    return dict(kept(settings, SLUG, f"tune-{method}-{ipc}-{lr:g}", config, make))
-
-
-def _expert_share(method: str, train: Examples) -> Examples:
-    """Expert trajectories are trained on 200 images of each class: all 60,000 would take the whole time."""
-    return hold_out(train, 200, TUNING_SEED)[1] if method in ("ftd", "tesla") else train
-
-
-def _one(
-    settings: Settings, row: str, method: str, ipc: int, seed: int, networks: int, lr: float, full: bool
-) -> dict[str, Any]:
-    """Distil (or draw) one set and evaluate it as published; accuracies and computing seconds."""
-
-    def make() -> dict[str, Any]:
-        began, seconds = time.perf_counter(), 0.0
-        train, test = _data()
-        if method == "random":
-            made = random_subset(train, ipc, seed)
-        elif method == "auto":
-            made, seconds = _distil(lambda: _auto(ipc, seed, row == LONG_AUTO, full), train)
-        else:
-            steps = STEPS[method][ipc] * (LONG if full else 1)
-            share = _expert_share(method, train)
-            made, seconds = _distil(lambda: _published_method(method, ipc, seed, steps, lr), share)
-        made.save(settings.runs / SLUG / f"{name}.safetensors")
-        # the learned rate belongs to plain steps without momentum; the table's evaluator is one and the same for all
-        scores = evaluate(made, wide, test, networks=networks, lr=0.01, seed=seed, program="loop")
-        hard: list[float] = []
-        if made.soft:
-            plain = replace(made, labels=made.hard_labels)
-            hard += evaluate(plain, wide, test, networks=1, lr=0.01, seed=seed, program="loop").accuracies
-        wall = time.perf_counter() - began
-        return {"accuracies": list(scores.accuracies), "hard": hard, "seconds": seconds, "wall": wall}
-
-    name = f"{row}-{ipc}-{seed}".replace(", ", "-").replace(" ", "-")
-    config = {"row": row, "networks": networks, "lr": lr, "full": full, "version": 1}
-    return dict(kept(settings, SLUG, name, config, make))
+HARD = "hard labels on the same images"
 
 
 def _plan(full: bool) -> list[tuple[str, str, int]]:
@@ -198,39 +53,55 @@ def run(settings: Settings) -> Result:
     """Tune the published methods' rates on the hold-out, distil and evaluate every row, judge by ``RULE``."""
     full, seeds = settings.full, settings.seed_list(3)
     grid = [(settings, m, ipc, lr, full) for m in GRIDS for ipc in IPC for lr in GRIDS[m]]
-    scores = parallel(_tuned, grid, settings, label="choosing rates on the hold-out")
+    scores = parallel(tuned, grid, settings, label="choosing rates on the hold-out")
     best: dict[tuple[str, int], tuple[float, float]] = {}
     for (_, method, ipc, lr, _), score in zip(grid, scores, strict=True):
         best[method, ipc] = max(best.get((method, ipc), (-1.0, 0.0)), (score["accuracy"], lr))
     rates = {(m, ipc): best[RATE_OF.get(m, m), ipc][1] for m in PUBLISHED_METHODS for ipc in IPC}
-    tasks = [
-        (settings, row, method, ipc, seed, networks, rates.get((method, ipc), 0.0), full)
+    cells = [
+        Cell(row, method, ipc, seed, networks, rates.get((method, ipc), 0.0), full)
         for seed in seeds
-        for ipc in reversed(IPC)
-        for row, method, networks in _plan(full)
+        for row, method, networks in reversed(_plan(full))  # the longest first
+        for ipc in IPC
     ]
-    done = parallel(_one, tasks, settings, label="distilling and evaluating")
+    sets = parallel(distilled, [(settings, cell) for cell in cells], settings, label="distilling")
+    trials = [(settings, c, k, hard) for c in cells for k, hard in _trials(c)]
+    found = parallel(scored, trials, settings, label="training networks on the sets")
+    wall = sum(part["wall"] for part in [*scores, *sets, *found]) / settings.workers
+    seconds = {cell: made["seconds"] for cell, made in zip(cells, sets, strict=True)}
+    accuracies = {t[1:]: score["accuracy"] for t, score in zip(trials, found, strict=True)}
     rows: list[Row] = []
-    for row, method, networks in _plan(full):
+    for row, _, _ in _plan(full):
         for ipc in IPC:
-            mine = [r for t, r in zip(tasks, done, strict=True) if t[1] == row and t[3] == ipc]
-            rows += _rows(row, ipc, networks, mine, rates.get((method, ipc)))
-    wall = sum(part["wall"] for part in [*scores, *done]) / settings.workers
+            rows += _rows([c for c in cells if (c.row, c.ipc) == (row, ipc)], seconds, accuracies)
     return replace(_judged(tuple(rows)), seconds=wall)
 
 
-def _rows(row: str, ipc: int, networks: int, runs: list[dict[str, Any]], rate: float | None) -> list[Row]:
-    """One row of a method, and one with hard labels where its own are soft."""
-    seconds = sum(r["seconds"] for r in runs) / len(runs)
-    spent = f"{seconds:.0f} s of one core"
-    cost = f"{spent}; {'soft' if runs[0]['hard'] else 'hard'} labels; {networks} networks a seed"
-    cost += "" if rate is None else f"; image rate {rate:g}"
-    means = tuple(sum(r["accuracies"]) / len(r["accuracies"]) for r in runs)
-    found = [Row(f"{row}, {ipc} per class", means, cost)]
-    if runs[0]["hard"]:
-        plain = tuple(r["hard"][0] for r in runs)
-        found.append(Row(f"{row}, {HARD}, {ipc} per class", plain, f"{spent}; hard labels; 1 network a seed"))
+def _trials(cell: Cell) -> list[tuple[int, bool]]:
+    """The networks trained on a cell's set: its number with its own labels, one with hard ones where they are soft."""
+    return [(k, False) for k in range(cell.networks)] + [(0, True)] * (cell.method == "auto" and cell.ipc > 1)
+
+
+def _rows(
+    cells: list[Cell], seconds: dict[Cell, float], accuracies: dict[tuple[Cell, int, bool], float]
+) -> list[Row]:
+    """One row of a method, and one with hard labels where its own are soft; ``cells`` differ in their seed."""
+    one, soft = cells[0], len(_trials(cells[0])) > cells[0].networks
+    spent = f"{sum(seconds[c] for c in cells) / len(cells):.0f} s of one core"
+    cost = f"{spent}; {'soft' if soft else 'hard'} labels; {_networks(one.networks)} a seed"
+    cost += f"; image rate {one.lr:g}" if one.lr else ""
+    means = tuple(sum(accuracies[c, k, False] for k in range(c.networks)) / c.networks for c in cells)
+    found = [Row(f"{one.row}, {one.ipc} per class", means, cost)]
+    if soft:
+        plain = tuple(accuracies[c, 0, True] for c in cells)
+        found.append(
+            Row(f"{one.row}, {HARD}, {one.ipc} per class", plain, f"{spent}; hard labels; 1 network a seed")
+        )
     return found
+
+
+def _networks(count: int) -> str:
+    return "1 network" if count == 1 else f"{count} networks"
 
 
 def _judged(rows: tuple[Row, ...]) -> Result:
