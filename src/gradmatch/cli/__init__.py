@@ -1,4 +1,4 @@
-"""The command line: ``gradmatch list``, ``show``, ``demo``, ``distill``, ``select``, ``evidence``, ``board``, ``data``.
+"""The command line: ``gradmatch list``, ``show``, ``demo``, ``distill``, ``select``, ``generate``, ``evidence``, ...
 
 Heavy libraries load inside the commands, so that help and completion answer at once.
 """
@@ -12,6 +12,7 @@ from gradmatch.cli import (
     _demo,
     _distill,
     _evidence,
+    _generate,
     _gradients,
     _match,
     _merge,
@@ -32,6 +33,7 @@ for module in (
     _match,
     _transplant,
     _evidence,
+    _generate,
     _board,
     _data,
 ):

@@ -7,13 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.core.guidance import GradientGuide
+    from gradmatch.generate.boss import Straightened, bellman_steps, straighten
+    from gradmatch.generate.lfm import Inpainting, Labels, LatentFlow, Layout
 
 _HOMES = {
     "GradientGuide": "gradmatch.core.guidance",
+    "Straightened": "gradmatch.generate.boss",
+    "bellman_steps": "gradmatch.generate.boss",
+    "straighten": "gradmatch.generate.boss",
+    "Inpainting": "gradmatch.generate.lfm",
+    "Labels": "gradmatch.generate.lfm",
+    "LatentFlow": "gradmatch.generate.lfm",
+    "Layout": "gradmatch.generate.lfm",
 }
 
 __all__ = [
     "GradientGuide",
+    "Inpainting",
+    "Labels",
+    "LatentFlow",
+    "Layout",
+    "Straightened",
+    "bellman_steps",
+    "straighten",
 ]
 
 

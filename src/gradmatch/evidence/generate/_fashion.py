@@ -22,7 +22,7 @@ from gradmatch.zoo import autoencoder, fit_autoencoder
 
 HELD = 100
 """Training images a class that no arm trains on; settings are chosen on them."""
-VAE: dict[str, Any] = {"widths": [8, 16, 16], "steps": 1500, "batch": 32, "lr": 4e-3, "seed": 0}
+VAE: dict[str, Any] = {"widths": [8, 16, 16], "steps": 1000, "batch": 32, "lr": 4e-3, "seed": 0}
 
 
 @lru_cache(maxsize=1)
