@@ -1,4 +1,5 @@
 import gzip
+import logging
 
 import numpy as np
 import pytest
@@ -123,6 +124,21 @@ def test_rows_of_a_hugging_face_set_keep_their_class_names():
 def write_idx(path, array):
     header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(d.to_bytes(4, "big") for d in array.shape)
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_sentence(monkeypatch, caplog):
+    datasets, notes = pytest.importorskip("datasets"), logging.getLogger("huggingface_hub")
+    caplog.set_level(logging.WARNING, "huggingface_hub")
+
+    def unreachable(name):
+        notes.warning("retrying")
+        raise ConnectionError(f"no {name}\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match="'photos' is no file or folder here and .* hub: no photos$"):
+        load("photos")
+    assert not caplog.records
+    assert notes.level == logging.WARNING
 
 
 def test_fashion_mnist_is_read_from_the_folder_named_in_the_environment(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,12 +236,17 @@ def hub(name: str, *, seed: int = 0) -> Split:
         raise checks.InputError(
             f"DATA {name!r} would be read from the Hugging Face hub; that needs 'pip install gradmatch[data]'."
         ) from error
+    notes = logging.getLogger("huggingface_hub")
+    level = notes.level
+    notes.setLevel(logging.ERROR)  # a line for every retry; what matters is in the sentence below
     try:
         parts = load_dataset(name)
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
         raise checks.InputError(
-            f"DATA {name!r} could not be read from the Hugging Face hub: {_line(error)}"
+            f"DATA {name!r} is no file or folder here and could not be read from the Hugging Face hub: {_line(error)}"
         ) from error
+    finally:
+        notes.setLevel(level)
     return from_rows(parts, name, seed)
 
 
