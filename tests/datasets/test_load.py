@@ -135,7 +135,7 @@ def test_a_name_that_the_hub_does_not_have_is_one_sentence(monkeypatch, caplog):
         raise ConnectionError(f"no {name}\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="'photos' is no file or folder here and .* hub: no photos$"):
+    with pytest.raises(InputError, match=r"'photos' is no file or folder here and .* hub: no photos$"):
         load("photos")
     assert not caplog.records
     assert notes.level == logging.WARNING
