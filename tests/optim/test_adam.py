@@ -109,7 +109,7 @@ def test_projector_hook_is_adam_in_the_turned_space(flat: bool) -> None:
         reference.step()
     torch.testing.assert_close(w.detach() @ basis, turned.detach(), rtol=0, atol=1e-12)
     assert optimizer.state[w]["seen"] == 5  # what a projector keeps in the state stays there
-    assert float(bias[0]) < 1
+    assert bias[0].item() < 1
 
 
 class Halved(AdamFamily):

@@ -16,6 +16,7 @@ from gradmatch.cli import (
     _gradients,
     _match,
     _merge,
+    _search_optimizer,
     _select,
     _transplant,
 )
@@ -29,6 +30,7 @@ for module in (
     _distill,
     _select,
     _gradients,
+    _search_optimizer,
     _merge,
     _match,
     _transplant,
