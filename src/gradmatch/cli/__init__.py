@@ -18,6 +18,7 @@ from gradmatch.cli import (
     _merge,
     _search_optimizer,
     _select,
+    _spectrum,
     _transplant,
 )
 from gradmatch.cli._app import app
@@ -30,6 +31,7 @@ for module in (
     _distill,
     _select,
     _gradients,
+    _spectrum,
     _search_optimizer,
     _merge,
     _match,
