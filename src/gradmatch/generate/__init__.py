@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.core.guidance import GradientGuide
     from gradmatch.generate.boss import Straightened, bellman_steps, straighten
+    from gradmatch.generate.f_distill import FDistill
     from gradmatch.generate.lfm import Inpainting, Labels, LatentFlow, Layout
+    from gradmatch.generate.u_repa import FeatureAlignment, PatchTokens
+    from gradmatch.generate.w2sd import W2SDCallback, w2sd_sample
 
 _HOMES = {
+    "PatchTokens": "gradmatch.generate.u_repa",
+    "FeatureAlignment": "gradmatch.generate.u_repa",
+    "W2SDCallback": "gradmatch.generate.w2sd",
+    "w2sd_sample": "gradmatch.generate.w2sd",
+    "FDistill": "gradmatch.generate.f_distill",
     "GradientGuide": "gradmatch.core.guidance",
     "Straightened": "gradmatch.generate.boss",
     "bellman_steps": "gradmatch.generate.boss",
@@ -22,14 +30,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "FDistill",
+    "FeatureAlignment",
     "GradientGuide",
     "Inpainting",
     "Labels",
     "LatentFlow",
     "Layout",
+    "PatchTokens",
     "Straightened",
+    "W2SDCallback",
     "bellman_steps",
     "straighten",
+    "w2sd_sample",
 ]
 
 
