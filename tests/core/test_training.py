@@ -46,6 +46,15 @@ def test_it_is_the_plain_loop() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_schedule_may_be_a_factor_for_each_step() -> None:
+    one, two = nn.Linear(3, 1), nn.Linear(3, 1)
+    two.load_state_dict(one.state_dict())
+    rates = [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    found = train(one, drawn(one), 7, lr=0.05, schedule=lambda step: rates[step], warmup=3)
+    other = train(two, drawn(two), 7, lr=0.05, schedule="cosine", warmup=3)
+    assert torch.equal(found.losses, other.losses)
+
+
 def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path) -> None:
     whole = net()
     expected = train(whole, drawn(whole), 12, **OPTIONS)

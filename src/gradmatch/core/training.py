@@ -44,7 +44,7 @@ def train(
     *,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     lr: float = 1e-3,
-    schedule: str = "constant",
+    schedule: str | Callable[[int], float] = "constant",
     warmup: int = 0,
     clip: float | None = None,
     average: float | None = None,
@@ -62,7 +62,7 @@ def train(
         steps: of the whole run.
         optimizer: ``optimizer(parameters, lr=lr)``; default AdamW without weight decay.
         lr: of the first step after ``warmup``.
-        schedule: "constant", or "cosine" down to 0.
+        schedule: "constant", "cosine" down to 0, or a factor of ``lr`` for each step 0, 1, ...
         warmup: steps over which the rate rises in proportion.
         clip: largest norm of the gradient.
         average: decay of a moving average of the weights, which starts at the initial ones.
@@ -81,7 +81,8 @@ def train(
     True
     """
     checks.whole("steps", steps)
-    checks.one_of("schedule", schedule, ("constant", "cosine"))
+    if not callable(schedule):
+        checks.one_of("schedule", schedule, ("constant", "cosine"))
     checks.whole("warmup", warmup, 0)
     trained = [p for p in module.parameters() if p.requires_grad]
     checks.require(
@@ -161,8 +162,10 @@ def _step(
     return said
 
 
-def _rate(step: int, steps: int, schedule: str, warmup: int) -> float:
+def _rate(step: int, steps: int, schedule: str | Callable[[int], float], warmup: int) -> float:
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if callable(schedule):
+        return rise * schedule(step)
     return rise if schedule == "constant" else rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

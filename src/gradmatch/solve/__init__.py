@@ -1,6 +1,7 @@
-"""Solvers: linear systems by learned directions, and low-rank matrices from a few of their entries.
+"""Solvers: linear systems by learned directions, low-rank matrices from a few entries, images by a learned prior.
 
-``DirectionSolver`` makes the directions that a network proposes conjugate; ``MatrixCompletion`` fills in a matrix.
+``DirectionSolver`` makes the directions that a network proposes conjugate; ``MatrixCompletion`` fills in a matrix;
+``LearnedProx`` is a denoiser that is a proximal operator, trained by ``ProximalMatching`` and used by ``pnp``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
         ritz_dataset,
         train_direction_net,
     )
+    from gradmatch.solve._pnp import Reconstruction, pnp
+    from gradmatch.solve._proximal_matching import ProximalMatching, Stage, proximal_matching_loss
     from gradmatch.solve.dcdm import DirectionInfo, DirectionNet, DirectionSolver
+    from gradmatch.solve.lpn import ConvexNet, LearnedProx, Patches, Prior
     from gradmatch.solve.matrix_completion import MatrixCompletion, Sweep
 
 _HOMES = {
@@ -26,18 +30,36 @@ _HOMES = {
     "direction_loss": "_direction_training",
     "ritz_dataset": "_direction_training",
     "train_direction_net": "_direction_training",
+    "ConvexNet": "lpn",
+    "LearnedProx": "lpn",
+    "Patches": "lpn",
+    "Prior": "lpn",
+    "ProximalMatching": "_proximal_matching",
+    "Stage": "_proximal_matching",
+    "proximal_matching_loss": "_proximal_matching",
+    "Reconstruction": "_pnp",
+    "pnp": "_pnp",
     "MatrixCompletion": "matrix_completion",
     "Sweep": "matrix_completion",
 }
 
 __all__ = [
+    "ConvexNet",
     "DirectionInfo",
     "DirectionNet",
     "DirectionSolver",
     "DirectionTraining",
+    "LearnedProx",
     "MatrixCompletion",
+    "Patches",
+    "Prior",
+    "ProximalMatching",
+    "Reconstruction",
+    "Stage",
     "Sweep",
     "direction_loss",
+    "pnp",
+    "proximal_matching_loss",
     "ritz_dataset",
     "train_direction_net",
 ]
