@@ -83,7 +83,7 @@ def _own(spec: str, data: Examples) -> Network:
         bool(colon and module and name),
         f"--network is {spec!r}; it must be convnet, mlp or module:factory.",
     )
-    factory = _imported(spec, module, name)
+    factory = imported(spec, module, name)
     if isinstance(factory, nn.Module):
         return factory
     checks.require(
@@ -93,11 +93,11 @@ def _own(spec: str, data: Examples) -> Network:
     return _filled(spec, factory, data)
 
 
-def _imported(spec: str, module: str, name: str) -> Any:
+def imported(spec: str, module: str, name: str, option: str = "--network") -> Any:
     """The attribute ``name`` of a module that may lie in the current folder (or is a path ending in .py)."""
     home, file = Path.cwd(), Path(module)
     if file.suffix == ".py":
-        checks.require(file.is_file(), f"--network {spec}: there is no file {module}.")
+        checks.require(file.is_file(), f"{option} {spec}: there is no file {module}.")
         home, module = file.resolve().parent, file.stem
     with _findable(home):
         try:
@@ -105,10 +105,10 @@ def _imported(spec: str, module: str, name: str) -> Any:
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
                 checks.refuse(
-                    f"--network {spec}: there is no module {module!r} here or among those installed."
+                    f"{option} {spec}: there is no module {module!r} here or among those installed."
                 )
-            _refuse(spec, f"importing {module!r} failed", error)
-    checks.require(hasattr(found, name), f"--network {spec}: the module {module!r} has no {name!r}.")
+            _refuse(f"{option} {spec}", f"importing {module!r} failed", error)
+    checks.require(hasattr(found, name), f"{option} {spec}: the module {module!r} has no {name!r}.")
     return getattr(found, name)
 
 
@@ -172,16 +172,16 @@ def _try(spec: str, network: Network, data: Examples) -> None:
     except checks.InputError as error:
         raise checks.InputError(f"--network {spec}: {error}") from error
     except Exception as error:
-        _refuse(spec, "trying the network on one input failed", error)
+        _refuse(f"--network {spec}", "trying the network on one input failed", error)
     checks.require(
         width == data.classes,
         f"--network {spec}: the network has {width} outputs; it must have one for each of {data.classes} classes.",
     )
 
 
-def _refuse(spec: str, what: str, error: Exception) -> NoReturn:
+def _refuse(where: str, what: str, error: Exception) -> NoReturn:
     line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-    raise checks.InputError(f"--network {spec}: {what} with {type(error).__name__}: {line}.") from error
+    raise checks.InputError(f"{where}: {what} with {type(error).__name__}: {line}.") from error
 
 
 def weighted(module: nn.Module, path: Path) -> nn.Module:
