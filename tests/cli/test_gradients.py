@@ -69,6 +69,36 @@ def test_shards_are_merged_into_the_whole_and_a_run_goes_on(run, npz):
     assert "holds gradients with examples 9, and this one has 8" in other.stderr
 
 
+@pytest.mark.parametrize("of", ["gpt2", "convnet"])
+def test_a_stopped_run_and_shards_give_the_bytes_of_one_run(run, npz, language_model, monkeypatch, of):
+    words: tuple[object, ...] = ("convnet", "data.npz", "--project", 32, "--batch", 4)
+    if of == "gpt2":
+        words = ("gpt2", "words.txt", "--tokenizer", "bytes", "--length", 12, "--project", 32, "--batch", 4)
+    build = GradientStore.build.__func__
+
+    def in_small_parts(cls, problem, out, *, progress, **options):
+        def stop(done, total):
+            progress(done, total)
+            if str(out) == "stopped" and not again:
+                raise KeyboardInterrupt
+
+        return build(cls, problem, out, progress=stop, **(options | {"part_rows": 8}))
+
+    monkeypatch.setattr(GradientStore, "build", classmethod(in_small_parts))
+    again: list[bool] = []
+    assert run("gradients", *words, "--out", "whole").exit_code == 0
+    stopped = run("gradients", *words, "--out", "stopped", "--workers", 1)
+    assert stopped.exit_code == 130
+    assert "goes on from here" in stopped.stderr
+    assert 0 < len(content("stopped")) < len(content("whole"))
+    again.append(True)
+    for k in (1, 2):
+        assert run("gradients", *words, "--out", f"half{k}", "--shard", f"{k}/2").exit_code == 0
+    assert run("merge-gradients", "half1", "half2", "--out", "both").exit_code == 0
+    assert run("gradients", *words, "--out", "stopped").exit_code == 0
+    assert content("stopped") == content("both") == content("whole")
+
+
 def test_a_language_model_on_text_and_on_saved_rows(run, here, language_model):
     text = ("gradients", "gpt2", "words.txt", "--tokenizer", "bytes", "--length", 12, "--project", 64)
     result = run(*text, "--out", "grads", "--params", "mlp")
