@@ -115,7 +115,7 @@ def _on_supports(gram: Tensor, right: Tensor, on: Tensor) -> Tensor:
     found, sizes = torch.zeros_like(right), on.sum(0)
     order = sizes.argsort()
     per = max(1, AT_ONCE // max(int(sizes.max()), 1) ** 2)
-    for at in order.split(per):
+    for at in torch.split(order, per):
         width = max(int(sizes[at[-1]]), 1)
         # the support first, then places that are filled in
         places = on[:, at].T.to(torch.uint8).topk(width, dim=1).indices
