@@ -15,6 +15,7 @@ A^-1 r it ends after one step. A network is trained on the spectrum of one matri
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.krylov import LinearOperator, as_operator, asymmetry, cg
+from gradmatch.core.tap import evaluating
 from gradmatch.solve._direction_net import DirectionNet
 from gradmatch.solve._null_space import NullSpace
 
@@ -115,6 +117,7 @@ class DirectionSolver:
         self.fallback = checks.one_of("fallback", fallback, ("cg", None))
         self.null_space = NullSpace.of(self.operator, null_space)
         self.scale = self._scale()
+        self.network = propose if isinstance(propose, nn.Module) else None
         self.propose = self._proposer(propose, grid_shape)
 
     def solve(self, b: Any, x0: Any = None, mask: Any = None) -> tuple[Any, DirectionInfo]:
@@ -142,8 +145,9 @@ class DirectionSolver:
         if cells is not None:
             r = r * cells[:, None]
         run = _Run(self, rhs, x, r, cells)
-        while run.k < self.max_iter and run.step():
-            pass
+        with nullcontext() if self.network is None else evaluating(self.network):
+            while run.k < self.max_iter and run.step():
+                pass
         run.leave()
         if self.fallback is not None:
             run.finish()
@@ -311,7 +315,7 @@ class _Run:
 
 
 def _on_grid(net: nn.Module, grid_shape: tuple[int, ...] | None, n: int) -> Proposal:
-    """A network as a function of residuals [n, b], in its own precision and place, without gradient, in eval mode."""
+    """A network as a function of residuals [n, b], in its own precision and place, without gradient."""
     checks.require(grid_shape is not None, "grid_shape is None; a network needs the shape of the grid.")
     assert grid_shape is not None
     shape = tuple(checks.whole("grid_shape", side) for side in grid_shape)
@@ -330,14 +334,8 @@ def _on_grid(net: nn.Module, grid_shape: tuple[int, ...] | None, n: int) -> Prop
 
     @torch.no_grad()
     def propose(r: Tensor) -> Tensor:
-        modes = [(m, m.training) for m in net.modules()]
-        net.eval()
-        try:
-            images = r.T.reshape(-1, 1, *shape).to(first)
-            found: Tensor = net(images)
-        finally:
-            for m, training in modes:
-                m.training = training
+        images = r.T.reshape(-1, 1, *shape).to(first)
+        found: Tensor = net(images)
         return found.reshape(len(images), n).T
 
     return propose

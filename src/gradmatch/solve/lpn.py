@@ -93,7 +93,8 @@ class LearnedProx(nn.Module):
 
     def _both(self, y: Tensor) -> tuple[Tensor, Tensor]:
         graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            y = y.clone() if y.is_inference() else y
             at = y if y.requires_grad else y.detach().requires_grad_()  # the caller's flag stays
             psi = self.potential(at)
             (x,) = torch.autograd.grad(psi.sum(), at, create_graph=graph)
