@@ -17,14 +17,15 @@ EPS = 1e-6
 
 def unit(v: Tensor, eps: float = EPS) -> Tensor:
     """``v`` (..., d) at length 1."""
-    v = v if v.dtype == torch.float64 else v.float()
-    return v / v.norm(dim=-1, keepdim=True).clamp_min(eps)
+    v = _single(v)
+    return v / _length(v, eps).unsqueeze(-1)
 
 
 def token_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Mean over tokens of the cosine of a and b (n, tokens, d), for each example (n,)."""
     _alike(a, b)
-    return (unit(a) * unit(b)).sum(-1).mean(-1)
+    a, b = _single(a), _single(b)  # lengths divide the products: no scaled copy of a or b is made
+    return (torch.linalg.vecdot(a, b) / (_length(a) * _length(b))).mean(-1)
 
 
 def relation_mismatch(a: Tensor, b: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -51,15 +52,30 @@ def relation_mismatch(a: Tensor, b: Tensor, *, chunk: int | None = None) -> Tens
 
 
 def _mismatch(a: Tensor, b: Tensor) -> Tensor:
-    a, b = unit(a), unit(b)
     n = a.shape[1]
     if n <= a.shape[2] + b.shape[2]:
-        return (a @ a.mT - b @ b.mT).square().mean((1, 2))
+        return (_similarities(a) - _similarities(b)).square().mean((1, 2))
+    a, b = unit(a), unit(b)
 
     def square(x: Tensor, y: Tensor) -> Tensor:
         return (x.mT @ y).square().sum((1, 2))
 
     return ((square(a, a) - 2 * square(a, b) + square(b, b)) / n**2).clamp_min(0)
+
+
+def _similarities(v: Tensor) -> Tensor:
+    """Cosines of all pairs of tokens (n, tokens, tokens)."""
+    v = _single(v)
+    length = _length(v)
+    return (v @ v.mT) / (length.unsqueeze(2) * length.unsqueeze(1))
+
+
+def _single(v: Tensor) -> Tensor:
+    return v if v.dtype == torch.float64 else v.float()
+
+
+def _length(v: Tensor, eps: float = EPS) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1).clamp_min(eps)
 
 
 def _alike(a: Tensor, b: Tensor) -> None:

@@ -69,7 +69,8 @@ def exact(seeds: int, steps: int, batch: int = 512, lr: float = 5e-3) -> dict[st
 
 def share_below(found: Tensor) -> Tensor:
     """Mass of each student (k,) at the smaller mode, below 0."""
-    return torch.special.ndtr(-found[:, 0] / found[:, 1].exp())
+    shares: Tensor = torch.special.ndtr(-found[:, 0] / found[:, 1].exp())
+    return shares
 
 
 @lru_cache(maxsize=2)
@@ -105,13 +106,10 @@ def teacher(decay: float, seed: int, steps: int) -> nn.Module:
 
     def loss(generator: torch.Generator) -> Tensor:
         x0 = target.sample(1024, generator)
-        x, v = path.pair(
-            "velocity",
-            x0,
-            torch.randn(x0.shape, generator=generator),
-            t := torch.rand(len(x0), generator=generator),
-        )
-        return (net(x, t) - v).square().mean()
+        noise, t = torch.randn(x0.shape, generator=generator), torch.rand(len(x0), generator=generator)
+        x, v = path.pair("velocity", x0, noise, t)
+        value: Tensor = (net(x, t) - v).square().mean()
+        return value
 
     train(net, loss, steps, lr=3e-3, schedule="cosine", clip=1.0, seed=seed)
     return net.requires_grad_(False)
