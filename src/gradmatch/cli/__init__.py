@@ -8,6 +8,7 @@ from __future__ import annotations
 from gradmatch.cli import (
     _board,
     _catalog,
+    _compress,
     _data,
     _demo,
     _distill,
@@ -38,6 +39,7 @@ for module in (
     _merge,
     _match,
     _transplant,
+    _compress,
     _evidence,
     _generate,
     _board,

@@ -143,6 +143,19 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> Stored:
     return Stored(spec, path, begin + first)
 
 
+def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors of a file: its own length and where each tensor lies."""
+    found: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
+    for name, spec in specs.items():
+        end = place + spec.nbytes
+        found[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_stream(
     file: IO[bytes],
     specs: Mapping[str, Spec],
@@ -155,15 +168,7 @@ def write_stream(
         specs: every tensor, in the order of ``pieces`` (see :func:`aligned`).
         pieces: for each tensor its whole or its consecutive parts.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
-    for name, spec in specs.items():
-        end = place + spec.nbytes
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(header(specs, metadata))
     for (name, spec), parts in zip(specs.items(), pieces, strict=True):
         written = 0
         for part in parts:

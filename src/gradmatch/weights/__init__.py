@@ -12,14 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.core.assign import Permutation, PermutationSpec
+    from gradmatch.weights._compressed import CompressedModel
     from gradmatch.weights._merge_analysis import MergeAnalysis, analyze_merge, barrier, energy_share
     from gradmatch.weights._statistics import repair, reset_statistics
     from gradmatch.weights._ste import ste_match
     from gradmatch.weights.fisher_merge import fisher_diagonal, merge, search
+    from gradmatch.weights.gm_nas import (
+        CellSpace,
+        FewShotNAS,
+        GMSplitter,
+        NASBench201Space,
+        SearchResult,
+        SearchSpace,
+    )
+    from gradmatch.weights.jlcm import Compression, LayerReport, compress
     from gradmatch.weights.omp_tokens import TransplantReport, transplant, transplant_folder
     from gradmatch.weights.weight_matching import activation_match, weight_match
 
 _HOMES = {
+    "SearchSpace": "gm_nas",
+    "SearchResult": "gm_nas",
+    "NASBench201Space": "gm_nas",
+    "GMSplitter": "gm_nas",
+    "FewShotNAS": "gm_nas",
+    "CellSpace": "gm_nas",
+    "CompressedModel": "_compressed",
+    "LayerReport": "jlcm",
+    "Compression": "jlcm",
+    "compress": "jlcm",
     "Permutation": "gradmatch.core.assign",
     "PermutationSpec": "gradmatch.core.assign",
     "MergeAnalysis": "_merge_analysis",
@@ -40,13 +60,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "CellSpace",
+    "CompressedModel",
+    "Compression",
+    "FewShotNAS",
+    "GMSplitter",
+    "LayerReport",
     "MergeAnalysis",
+    "NASBench201Space",
     "Permutation",
     "PermutationSpec",
+    "SearchResult",
+    "SearchSpace",
     "TransplantReport",
     "activation_match",
     "analyze_merge",
     "barrier",
+    "compress",
     "energy_share",
     "fisher_diagonal",
     "merge",
