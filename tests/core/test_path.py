@@ -15,6 +15,7 @@ from gradmatch.core.path import (
     KINDS,
     AffinePath,
     LinearPath,
+    OrnsteinUhlenbeck,
     Prediction,
     ResidualPath,
     VariancePreserving,
@@ -313,3 +314,27 @@ def test_a_new_path_needs_only_its_levels() -> None:
 def test_refusals(make, says: str) -> None:
     with pytest.raises(InputError, match=says):
         make()
+
+
+def test_ornstein_uhlenbeck_levels_and_slopes():
+    """Constant rates in closed form, given ones by quadrature; slopes by finite differences."""
+    t = torch.linspace(0.05, 3, 9, dtype=torch.float64)
+    plain = OrnsteinUhlenbeck(2.0)
+    torch.testing.assert_close(plain.levels(t).alpha, torch.exp(-t))
+    torch.testing.assert_close(plain.levels(t).sigma, torch.sqrt(1 - torch.exp(-2 * t)))
+    rising = OrnsteinUhlenbeck(lambda t: 0.1 + t)
+    torch.testing.assert_close(rising.levels(t).alpha, torch.exp(-(0.1 * t + t**2 / 2) / 2))
+    for path in (plain, rising, OrnsteinUhlenbeck(lambda t: torch.full_like(t, 2.0))):
+        a, b = path.levels(t - 1e-6), path.levels(t + 1e-6)
+        torch.testing.assert_close((b.alpha - a.alpha) / 2e-6, path.levels(t).d_alpha, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close((b.sigma - a.sigma) / 2e-6, path.levels(t).d_sigma, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            path.levels(t).alpha ** 2 + path.levels(t).sigma ** 2, torch.ones(9).double()
+        )
+    x0, noise = torch.randn(9, 2).double(), torch.randn(9, 2).double()
+    x = plain.sample(x0, noise, t)
+    step = plain.step(x, Prediction("x0", x0), t, t / 2)
+    torch.testing.assert_close(step, plain.sample(x0, noise, t / 2))
+    assert plain.levels(torch.zeros(1).double()).sigma.item() == 0
+    with pytest.raises(InputError, match="g is 0"):
+        OrnsteinUhlenbeck(0)

@@ -1,8 +1,8 @@
 """Reading a trained model: its curvature, the coherence of its gradients, what kind of solution it is.
 
 ``spectrum`` and ``decompose`` show the eigenvalues of the loss, ``segment`` the loss between two networks.
-``match_units`` and ``sparse_predict`` compare what networks have learned, unit by unit. ``train_score`` estimates scores
-by regression and stops before it memorises.
+``match_units`` and ``sparse_predict`` compare what networks have learned, unit by unit. ``train_score`` estimates the
+score of a diffusion by regression, and stops before it memorises.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ prediction is converted, stands in :mod:`gradmatch.core._affine`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ __all__ = [
     "AffinePath",
     "Levels",
     "LinearPath",
+    "OrnsteinUhlenbeck",
     "Path",
     "Prediction",
     "ResidualPath",
@@ -60,6 +63,36 @@ class EDM(AffinePath):
     def levels(self, t: Tensor) -> Levels:
         one = torch.ones_like(t)
         return Levels(one, t, torch.zeros_like(t), one)
+
+
+class OrnsteinUhlenbeck(AffinePath):
+    """dX = -g(t)/2 X dt + sqrt(g(t)) dB: alpha = exp(-G / 2), sigma^2 = 1 - alpha^2, G = int_0^t g, for t >= 0.
+
+    Args:
+        g: a number above 0, or a smooth positive function of float64 times (n,), whose integral is taken by 32 points
+            of Gauss and Legendre.
+    """
+
+    ends = (None, 0.0)
+
+    def __init__(self, g: float | Callable[[Tensor], Tensor] = 1.0) -> None:
+        super().__init__()
+        self.g = g if callable(g) else checks.positive("g", g)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """g(t)."""
+        return self.g(t) if callable(self.g) else torch.full_like(t, self.g)
+
+    def levels(self, t: Tensor) -> Levels:
+        rate = self.rate(t)
+        past = self._integral(t) if callable(self.g) else rate * t
+        alpha, sigma = torch.exp(-past / 2), torch.sqrt(-torch.expm1(-past))
+        return Levels(alpha, sigma, -rate / 2 * alpha, rate * alpha.square() / (2 * sigma.clamp_min(1e-8)))
+
+    def _integral(self, t: Tensor) -> Tensor:
+        nodes, weights = (torch.from_numpy(a).to(t) for a in np.polynomial.legendre.leggauss(32))
+        places = t[..., None] * (1 + nodes) / 2
+        return t / 2 * (self.rate(places.flatten()).reshape(places.shape) * weights).sum(-1)
 
 
 class VariancePreserving(AffinePath):
