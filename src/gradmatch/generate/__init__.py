@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from gradmatch.generate.w2sd import W2SDCallback, w2sd_sample
 
 _HOMES = {
-    "PatchTokens": "gradmatch.generate.u_repa",
-    "FeatureAlignment": "gradmatch.generate.u_repa",
-    "W2SDCallback": "gradmatch.generate.w2sd",
-    "w2sd_sample": "gradmatch.generate.w2sd",
-    "FDistill": "gradmatch.generate.f_distill",
     "GradientGuide": "gradmatch.core.guidance",
     "Straightened": "gradmatch.generate.boss",
     "bellman_steps": "gradmatch.generate.boss",
     "straighten": "gradmatch.generate.boss",
+    "FDistill": "gradmatch.generate.f_distill",
     "Inpainting": "gradmatch.generate.lfm",
     "Labels": "gradmatch.generate.lfm",
     "LatentFlow": "gradmatch.generate.lfm",
     "Layout": "gradmatch.generate.lfm",
+    "FeatureAlignment": "gradmatch.generate.u_repa",
+    "PatchTokens": "gradmatch.generate.u_repa",
+    "W2SDCallback": "gradmatch.generate.w2sd",
+    "w2sd_sample": "gradmatch.generate.w2sd",
 }
 
 __all__ = [
