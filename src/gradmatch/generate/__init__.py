@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.core.guidance import GradientGuide
     from gradmatch.generate.boss import Straightened, bellman_steps, straighten
+    from gradmatch.generate.difiisr import ResShift
     from gradmatch.generate.f_distill import FDistill
     from gradmatch.generate.lfm import Inpainting, Labels, LatentFlow, Layout
     from gradmatch.generate.u_repa import FeatureAlignment, PatchTokens
@@ -18,6 +19,7 @@ _HOMES = {
     "Straightened": "gradmatch.generate.boss",
     "bellman_steps": "gradmatch.generate.boss",
     "straighten": "gradmatch.generate.boss",
+    "ResShift": "gradmatch.generate.difiisr",
     "FDistill": "gradmatch.generate.f_distill",
     "Inpainting": "gradmatch.generate.lfm",
     "Labels": "gradmatch.generate.lfm",
@@ -38,6 +40,7 @@ __all__ = [
     "LatentFlow",
     "Layout",
     "PatchTokens",
+    "ResShift",
     "Straightened",
     "W2SDCallback",
     "bellman_steps",

@@ -89,7 +89,7 @@ class Codec(nn.Module):
         checks.finite("images", images)
         with self._frozen():
             said = images if self.autoencoder is None else self.autoencoder.encode(images)
-            said = getattr(said, "latent_dist", said)
+            said = getattr(said, "latent_dist", getattr(said, "latents", said))
             if isinstance(said, Tensor):
                 return Moments(said, None)
             return Moments(said.mean, None if self.mean else said.std)
@@ -131,3 +131,20 @@ def _warn_unless_balanced(spread: float) -> None:
             'scale="auto" fits the scale to this autoencoder.',
             stacklevel=4,
         )
+
+
+@contextmanager
+def untouched(module: Any) -> Iterator[None]:
+    """Within the block no parameter of ``module`` asks for a gradient, and nothing in it is random."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    asked = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        with evaluating(module):
+            yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
