@@ -52,7 +52,8 @@ def test_the_rule_reads_every_condition(monkeypatch: pytest.MonkeyPatch) -> None
         assert result.verdict == "holds in part"
         assert f"(all but {number})" in result.reason
     assert (
-        "(all but 11)" in jlcm.judged(figures(**{"uniform, min-max": {"accuracy": 0.5, "reload": 0.01}})).reason
+        "(all but 11)"
+        in jlcm.judged(figures(**{"uniform, min-max": {"accuracy": 0.5, "reload": 0.01}})).reason
     )
 
 
