@@ -294,8 +294,9 @@ def test_every_term_of_distillation_counts_as_written() -> None:
     pairs = teacher.pairs(lr, hr)
     for options in (
         {"visual": 0.5}, {"perceptual": 0.7}, {"truth": 0.3}, {"inverse": 0.2},
+        {"visual": 0.5, "perceptual": 0.7, "against": "truth"},
     ):  # fmt: skip
-        weights = {"visual": 0.0, "perceptual": 0.0, "truth": 0.0, "inverse": 0.0} | options
+        weights: dict[str, Any] = {"visual": 0.0, "perceptual": 0.0, "truth": 0.0, "inverse": 0.0} | options
         student = copy.deepcopy(teacher)
         found = student.distill(
             teacher, lr, 1, pairs=pairs, extractors=perceptual, batch=4, rate=1e-9, **weights
@@ -304,9 +305,9 @@ def test_every_term_of_distillation_counts_as_written() -> None:
         y, each = teacher.enlarged(rows["lr"]), torch.ones(4)
         said, x0 = teacher.x0(rows["start"], 2 * each, y, rows["lr"]), rows["x0"]
         want = (said - x0).square().mean()
-        want = (
-            want + weights["visual"] * SpectrumLoss()(said, x0) + weights["perceptual"] * perceptual(said, x0)
-        )
+        goal = rows["hr"] if weights.get("against") == "truth" else x0
+        want = want + weights["visual"] * SpectrumLoss()(said, goal)
+        want = want + weights["perceptual"] * perceptual(said, goal)
         want = want + weights["truth"] * (said - rows["hr"]).square().mean()
         back = teacher.x0(x0, 0 * each, y, rows["lr"])
         want = want + weights["inverse"] * (back - rows["start"]).square().mean()
@@ -460,6 +461,8 @@ def test_profiles_are_means_over_rings() -> None:
         (lambda: SpectrumLoss()(HR, LR), "they must be equal"),
         (lambda: ResShift(Net()).distill(ResShift(Net()), LR, 1, visual=-1.0), "visual is -1.0"),
         (lambda: ResShift(Net()).distill(ResShift(Net()), LR, 1, truth=1.0), "there is no hr"),
+        (lambda: ResShift(Net()).distill(ResShift(Net()), LR, 1, against="truth"), "there is no hr"),
+        (lambda: ResShift(Net()).distill(ResShift(Net()), LR, 1, against="noise"), "against is 'noise'"),
     ],
 )  # fmt: skip
 def test_refusals(make: Any, says: str) -> None:

@@ -26,6 +26,7 @@ def one_step(
     perceptual: float = 0.001,
     spectrum: SpectrumLoss | None = None,
     extractors: PerceptualLoss | None = None,
+    against: str = "teacher",
     hr: Tensor | None = None,
     truth: float = 0.0,
     inverse: float = 0.0,
@@ -46,6 +47,7 @@ def one_step(
             had another scale; sweep them).
         spectrum: the visual loss; default plain amplitudes.
         extractors: the perceptual loss; without it there is none.
+        against: what the two losses compare with: the "teacher"'s output, or the "truth" (``hr``).
         hr, truth: sharp images and the weight of the squared error to them; off.
         inverse: weight of the squared error of x_{T-1} as the network gives it from x_0 at t = 0; off.
         pairs: of :meth:`ResShift.pairs`, where several students share them.
@@ -56,7 +58,11 @@ def one_step(
     for name, value in weights.items():
         checks.nonnegative(name, value)
     store = teacher.pairs(lr, hr, seed=seed) if pairs is None else pairs
-    checks.require(truth == 0 or "hr" in store.tensors, "truth is above 0, but there is no hr.")
+    checks.one_of("against", against, ("teacher", "truth"))
+    checks.require(
+        (truth == 0 and against == "teacher") or "hr" in store.tensors,
+        f"truth is {truth:g} and against {against!r}, but there is no hr.",
+    )
     spectrum = spectrum or SpectrumLoss()
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -65,7 +71,7 @@ def one_step(
         y, each = student.enlarged(small), torch.ones(len(small), device=small.device)
         said = student.x0(start, (student.T - 1) * each, y, small)
         total = 2 * pseudo_target_loss(said, goal)
-        seen, wanted = student.decode(said), student.decode(goal)
+        seen, wanted = student.decode(said), rows["hr"] if against == "truth" else student.decode(goal)
         if visual:
             total = total + visual * spectrum(seen, wanted)
         if perceptual and extractors is not None:
