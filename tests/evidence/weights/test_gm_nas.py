@@ -40,14 +40,23 @@ def test_the_rule_reads_every_condition(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(1000, 64, generator=g), torch.arange(1000) % 10
-    monkeypatch.setattr(gm_nas, "data", lambda: ((x, y), (x[:40], y[:40]), (x[:30], y[:30])))
+    x, y = torch.rand(400, 64, generator=g), torch.arange(400) % 10
+    monkeypatch.setattr(gm_nas, "data", lambda: ((x[:80], y[:80]), (x, y), (x[:390], y[:390])))
     some = gm_nas.architectures()[::20]
     monkeypatch.setattr(gm_nas, "architectures", lambda: some)
+    monkeypatch.setattr(gm_nas, "twins", lambda seed: [[[0, 1], [2, 3]]])
     settings = Settings(seeds=1, out=tmp_path, runs=tmp_path, workers=1, quiet=True)
     result = gm_nas.run(settings, fast=True)
     assert len(result.rows) == 2 * len(gm_nas.METHODS)
     assert result.pictures[0][1][:4] == b"\x89PNG"
+
+
+def test_twins_end_in_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(1000, 64, generator=g), torch.arange(1000) % 10
+    monkeypatch.setattr(gm_nas, "data", lambda: ((x, y), (x, y), (x, y)))
+    monkeypatch.setattr(gm_nas, "REPEAT", 2)
+    assert gm_nas.twins(0) == [[[0, 1], [2, 3]]] * 4
 
 
 def test_epochs_are_equal() -> None:
