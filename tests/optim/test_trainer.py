@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from gradmatch.core.checks import InputError
-from gradmatch.optim import ClosureTrainer, DiffGrad, GradNormSmooth, Lion, _protocol
+from gradmatch.optim import (
+    AdaHessian,
+    ClosureTrainer,
+    DiffGrad,
+    GradNormSmooth,
+    Lion,
+    _protocol,
+)
 from gradmatch.optim._adam import AdamFamily
 from gradmatch.optim._base import OptimizerBase
 
@@ -55,6 +62,7 @@ MAKE: dict[str, Callable[[Any], OptimizerBase]] = {
     "adam flat": lambda params: AdamFamily(params, {**ADAM, "flat": True}),
     "lion": lambda params: Lion(params, lr=1e-3, weight_decay=0.1),
     "diffgrad": lambda params: DiffGrad(params, lr=1e-3),
+    "adahessian": lambda params: AdaHessian(params, lr=0.01, block=32, hessian_every=3),
     "gns": lambda params: GradNormSmooth(params, curvature="empirical_fisher"),
     "loss closure": lambda params: LossDescent(params, ADAM),
     "output closure": lambda params: OutputDescent(params, ADAM),

@@ -69,11 +69,11 @@ def slopes_of(value: Tensor, leaves: Sequence[Tensor], vector: Tensor | None = N
     grads = torch.autograd.grad(
         value, leaves, vector, create_graph=True, allow_unused=True, materialize_grads=True
     )
-    _refuse_ends(grads)
+    refuse_ends(grads)
     return list(grads)
 
 
-def _refuse_ends(grads: Sequence[Tensor]) -> None:
+def refuse_ends(grads: Sequence[Tensor]) -> None:
     """Raise if a graph has a place that must not be differentiated again.
 
     Such a place (of ``once_differentiable``) is joined to no parameter, so autograd would pass it by without a word.
@@ -159,14 +159,15 @@ def refuse_once_differentiable(problem: Problem, error: RuntimeError) -> None:
         for hook in hooks:
             hook.remove()
     for name, module, inputs in seen:
-        if not _twice(module, inputs):
+        if not differentiable_twice(module, inputs):
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(
                 f"model has {name!r} ({type(module).__name__}), which cannot be differentiated twice: {reason}."
             ) from error
 
 
-def _twice(module: nn.Module, inputs: Any) -> bool:
+def differentiable_twice(module: nn.Module, inputs: Any) -> bool:
+    """Whether a module has second derivatives at these positional inputs."""
     at = [t.detach().requires_grad_() if t.is_floating_point() else t for t in tree_leaves(inputs)]
     try:
         with torch.enable_grad(), twice_differentiable():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from gradmatch.core.checks import refuse, require
-from gradmatch.core.problem import next_token
+from gradmatch.core.problem import next_token, twice_differentiable
 
 
 class ClosureTrainer(Trainer):
@@ -43,7 +44,8 @@ class ClosureTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         closure: Callable[[], Any]
         if "loss closure" in protocols:
-            loss, closure = self._loss_closure(model, inputs)
+            with twice_differentiable() if "graph" in protocols else nullcontext():
+                loss, closure = self._loss_closure(model, inputs)
         elif "output closure" in protocols:
             loss, closure = self._output_closure(model, inputs)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -33,7 +33,11 @@ def train(
     seed: int,
     watch: Watch | None = None,
 ) -> None:
-    """Cross-entropy over whole batches in an order drawn from ``seed``, learning rates on a cosine to 0."""
+    """Cross-entropy over whole batches in an order drawn from ``seed``, learning rates on a cosine to 0.
+
+    An optimizer that takes the loss in a closure gets one.
+    """
+    closed = "loss closure" in getattr(optimizer, "protocols", ())
     order = torch.Generator().manual_seed(seed)
     batches = max(1, len(data.x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
@@ -43,11 +47,16 @@ def train(
         if k == 0:
             shuffled = torch.randperm(len(data.x), generator=order)
         own = shuffled[k * batch_size : (k + 1) * batch_size]
+
+        def loss(own: Tensor = own) -> Tensor:
+            return F.cross_entropy(network(data.x[own]), data.y[own])
+
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(network(data.x[own]), data.y[own]))
+        if not closed:
+            torch.autograd.backward(loss())
         if watch is not None:
             watch(step + 1, optimizer)
-        optimizer.step()
+        optimizer.step(loss if closed else None)  # type: ignore[arg-type]
         schedule.step()
 
 
