@@ -61,8 +61,8 @@ def minimise_each(
         max_iter: most steps of each.
         memory: pairs of step and change of gradient that are kept.
         first: the first step is this times the gradient; default the gradient, cut to length 1.
-        rough: a cheaper form of the functions, such as one in single precision, that is called until all gradients are
-            below ``rough_tol`` or no step is found; what was learned of their curvature is kept.
+        rough: a cheaper form of the functions, such as one that answers in single precision, which is called until all
+            gradients are below ``rough_tol`` or no step is found; what was learned of their curvature is kept.
 
     Raises:
         InputError: options out of range, a start that is not finite or where a function is not.
@@ -110,7 +110,8 @@ class _Run:
     def _called(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += 1
         value, gradient = self.functions(x, which)
-        return value.detach(), gradient.detach()
+        self.rounding = 10 * torch.finfo(value.dtype).eps  # of the precision in which the functions are known
+        return value.detach().to(x), gradient.detach().to(x)
 
     def change_to(self, functions: Functions) -> None:
         """Go on with other functions, nearly the same."""
@@ -170,7 +171,7 @@ class _Run:
         x, value, g = self.x.clone(), self.value.clone(), self.g.clone()
         low, high = torch.zeros_like(a), torch.full_like(a, torch.inf)
         low_slope, high_slope = slope.clone(), torch.full_like(a, torch.nan)
-        slack = 10 * torch.finfo(value.dtype).eps * self.value.abs()
+        slack = self.rounding * self.value.abs()
         todo = torch.arange(len(a), device=a.device)
         for _ in range(TRIALS):
             at = self.x[todo] + a[todo, None] * d[todo]

@@ -158,10 +158,8 @@ class LearnedProx(nn.Module):
         if not bool(converged.all()):
             warnings.warn(
                 f"{int((~converged).sum())} of {len(x)} images have |f(y) - x| above {tol:g} (up to "
-                f"{float(residual.max()):.2g}); they are not in the range of f"
-                + (
-                    ", which alpha above 0 would rule out." if not self.alpha else ", or max_iter is too low."
-                ),
+                f"{float(residual.max()):.2g}); they are not in the range of f, which alpha above 0 would rule out, "
+                f"or max_iter is too low.",
                 stacklevel=2,
             )
         return Prior((flat * y).sum(1) - flat.square().sum(1) / 2 - psi, given, residual, converged)
@@ -174,15 +172,10 @@ class LearnedProx(nn.Module):
         def functions(net: LearnedProx, dtype: torch.dtype) -> Functions:
             product = net._conjugate if method == "convex" else net._squares
 
-            def call(y: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-                value, slope = product(y.to(dtype), x[which].to(dtype), shape)
-                return value.to(y), slope.to(y)
+            return lambda y, which: product(y.to(dtype), x[which].to(dtype), shape)
 
-            return call
-
-        slope = (
-            tol if method == "convex" else tol * max(2 * self.alpha, LEAST)
-        )  # of J (f(y) - x), J >= 2 alpha
+        # the gradient is f(y) - x, or J (f(y) - x) with J >= 2 alpha
+        slope = tol if method == "convex" else tol * max(2 * self.alpha, LEAST)
         rough = None
         if next(self.parameters(), x).dtype == torch.float32:
             rough = functions(copy.deepcopy(exact).float(), torch.float32)
