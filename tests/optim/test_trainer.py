@@ -22,6 +22,7 @@ from gradmatch.optim import (
     DiffGrad,
     GradNormSmooth,
     Lion,
+    LowRankAdamW,
     _protocol,
 )
 from gradmatch.optim._adam import AdamFamily
@@ -64,10 +65,12 @@ MAKE: dict[str, Callable[[Any], OptimizerBase]] = {
     "diffgrad": lambda params: DiffGrad(params, lr=1e-3),
     "adahessian": lambda params: AdaHessian(params, lr=0.01, block=32, hessian_every=3),
     "gns": lambda params: GradNormSmooth(params, curvature="empirical_fisher"),
+    "low rank": lambda params: LowRankAdamW(params, 1e-3, 0.5, residual="error_feedback", update_gap=3),
+    "sso": lambda params: TargetSurrogate(params, eta=2.0, inner_steps=3),
     "loss closure": lambda params: LossDescent(params, ADAM),
     "output closure": lambda params: OutputDescent(params, ADAM),
 }
-QUIET = ("gns", "loss closure", "output closure")
+QUIET = ("gns", "sso", "loss closure", "output closure")
 
 
 def model(dropout: float) -> GPT2LMHeadModel:
