@@ -26,11 +26,11 @@ CLAIM = (
 RULE = (
     "Lower means by two standard errors of the log ratio over seeds, every rate tuned on another draw. Logistic "
     "regression, eta 4: m 10 is below gradient descent at 10, 50 and 200 calls (3 conditions), m 100 below Adam (3), "
-    "and the loss falls at every call for m 1, 10 and 100 in every seed (1). Digits, in each of softmax and squared loss "
-    "x full batch and 64, m 20: below each of SGD, Armijo and Adagrad at 20 and at 100 calls (2), below Adam at 20 calls "
-    "(1), and below Adam in the time of its 20 calls where a target gradient costs 100 forward passes more (1). "
-    "Imitation, m 20 at the safe eta: fewer rounds than each of SGD, Adam and Adagrad (1). 'holds' if all are met, "
-    "'holds in part' if some are."
+    "and the loss falls at every call for m 1, 10 and 100 in every seed (1). Digits, in each of softmax and squared "
+    "loss x full batch and 64, m 20: below each of SGD, Armijo and Adagrad at 20 and at 100 calls (2), below Adam at "
+    "20 calls (1), and below Adam in the time of its 20 calls where a target gradient costs 100 forward passes more "
+    "(1). Imitation, m 20 at the safe eta: fewer rounds than each of SGD, Adam and Adagrad (1). 'holds' if all are "
+    "met, 'holds in part' if some are."
 )
 LINKS = {
     "paper": "https://arxiv.org/abs/2302.02607",
