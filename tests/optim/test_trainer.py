@@ -23,6 +23,7 @@ from gradmatch.optim import (
     GradNormSmooth,
     Lion,
     LowRankAdamW,
+    TargetSurrogate,
     _protocol,
 )
 from gradmatch.optim._adam import AdamFamily
