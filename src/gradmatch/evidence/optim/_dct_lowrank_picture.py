@@ -75,7 +75,7 @@ def _energy(axis: Any, g: Any, title: str) -> None:
     for name, energy in kept.items():
         shares = energy.cumsum(0) / total
         axis.plot(place[: len(shares)], shares, color=COLORS[name], label=name, linewidth=2)
-    axis.plot([0, 1], [0, 1], ":", color="0.6", label="bound, r / d")
+    axis.plot(place, place, ":", color="0.6", label="bound, r / d")
     axis.set_xscale("log")
     axis.set_xlabel("r / d")
     axis.set_title(f"{title}: energy kept", loc="left", fontsize=10)
