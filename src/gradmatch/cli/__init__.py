@@ -6,6 +6,7 @@ Heavy libraries load inside the commands, so that help and completion answer at 
 from __future__ import annotations
 
 from gradmatch.cli import (
+    _bench,
     _board,
     _catalog,
     _compress,
@@ -36,6 +37,7 @@ for module in (
     _spectrum,
     _search_optimizer,
     _optimizers,
+    _bench,
     _merge,
     _match,
     _transplant,
