@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from gradmatch.cli import _bench_tasks as work
 from gradmatch.cli import app
 from gradmatch.optim import GradNormSmooth, TargetSurrogate
-from gradmatch.optim import _bench_tasks as work
 
 
 def call(*words: str):
@@ -19,7 +19,8 @@ def call(*words: str):
 
 def test_it_tunes_runs_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "RATES", (1e-3, 1e-1))
-    words = ("--optimizers", "sgd,torch.optim:Adam", "--tasks", "quadratics,digits-mlp", "--seeds", "2", "--steps", "5", "--out", str(tmp_path / "o"))  # fmt: skip
+    words = ("--optimizers", "sgd,torch.optim:Adam", "--tasks", "quadratics,digits-mlp")
+    words += ("--seeds", "2", "--steps", "5", "--out", str(tmp_path / "o"))
     first = call(*words)
     assert first.exit_code == 0, first.output
     rows = json.loads((tmp_path / "o" / "bench.json").read_text())["rows"]

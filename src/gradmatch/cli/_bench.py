@@ -40,9 +40,9 @@ def bench(
     from rich.progress import track
     from rich.table import Table
 
+    from gradmatch.cli import _bench_tasks as work
     from gradmatch.core import checks
     from gradmatch.core.store import RunFolder, read_json, write_bytes, write_json
-    from gradmatch.optim import _bench_tasks as work
 
     names, places = [n for n in optimizers.split(",") if n], [t for t in tasks.split(",") if t]
     for t in places:
@@ -62,7 +62,7 @@ def bench(
         found: dict[str, float] = read_json(file)
         return found
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task, name in track([(t, n) for t in places for n in names], "bench"):
         rate = None
         if work.rate_name(kinds[name]) is not None:

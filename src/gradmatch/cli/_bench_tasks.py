@@ -62,12 +62,14 @@ def _function(name: str, g: torch.Generator) -> Task:
         x = nn.Parameter(torch.randn(20, generator=g))
 
         def value(z: Tensor) -> Tensor:
-            return 0.5 * (z @ h * z).sum(1)
+            found: Tensor = 0.5 * (z @ h * z).sum(1)
+            return found
     else:
         x = nn.Parameter(torch.tensor([-1.5, 1.5]) + 0.2 * torch.randn(2, generator=g))
 
         def value(z: Tensor) -> Tensor:
-            return (1 - z[:, 0]) ** 2 + 100 * (z[:, 1] - z[:, 0] ** 2) ** 2
+            steep: Tensor = z[:, 1] - z[:, 0] ** 2
+            return (1 - z[:, 0]).square() + 100 * steep.square()
 
     return Task([x], lambda: (lambda: x[None] * 1, value), lambda: float(value(x.detach()[None])[0]))
 
@@ -87,7 +89,8 @@ def _data(name: str, tuning: bool, g: torch.Generator) -> tuple[nn.Module, Tenso
 
             split = fashion_mnist()
             model = nn.Sequential(
-                nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)
+                nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+                nn.Linear(784, 10),
             )  # fmt: skip
     train, test = split.train, split.test
     held = min(1000, len(train.x) // 5)
