@@ -254,6 +254,8 @@ def test_demo_takes_fashion_mnist_where_it_is_and_says_which(monkeypatch, capsys
 
 def test_worker_processes_give_the_figures_of_one_process(photos, resnet, monkeypatch):
     """Also for a user's network, which the workers import from the present folder."""
+    from joblib.externals.loky import get_reusable_executor
+
     from gradmatch.cli import _network, _score
     from gradmatch.datasets import load
 
@@ -268,6 +270,7 @@ def test_worker_processes_give_the_figures_of_one_process(photos, resnet, monkey
     assert steps == [(1, 3), (2, 3), (3, 3)]
     monkeypatch.setattr(_score, "POOL_SECONDS", 0.0)
     monkeypatch.setattr(_score, "_workers", lambda: 2)
+    get_reusable_executor().shutdown()  # workers that another test left were started in another folder
     together = _score.compare(groups, network, split.test)
     assert [r.accuracies for r in together] == [r.accuracies for r in alone]
     assert [(r.name, len(r.accuracies), r.note) for r in alone] == [
