@@ -7,10 +7,11 @@ score of a diffusion by regression, and stops before it memorises.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.analysis._coherence import Coherence
@@ -159,12 +160,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"gradmatch.analysis.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'gradmatch.analysis' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

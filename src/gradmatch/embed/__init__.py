@@ -6,8 +6,9 @@ its features search a gallery of an older one's, ``compatibility_matrix`` says w
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.embed._compatibility import average_accuracy, average_compatibility, compatibility_matrix
@@ -38,12 +39,4 @@ __all__ = [
     "hoc_loss",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"gradmatch.embed.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'gradmatch.embed' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.core.guidance import GradientGuide
@@ -16,21 +17,21 @@ if TYPE_CHECKING:
     from gradmatch.generate.w2sd import W2SDCallback, w2sd_sample
 
 _HOMES = {
-    "ResShift": "gradmatch.generate.difiisr",
-    "PatchTokens": "gradmatch.generate.u_repa",
-    "FeatureAlignment": "gradmatch.generate.u_repa",
-    "W2SDCallback": "gradmatch.generate.w2sd",
-    "w2sd_sample": "gradmatch.generate.w2sd",
-    "FDistill": "gradmatch.generate.f_distill",
-    "GumbelSimplexFlow": "gradmatch.generate.gumbel_flow",
+    "ResShift": "difiisr",
+    "PatchTokens": "u_repa",
+    "FeatureAlignment": "u_repa",
+    "W2SDCallback": "w2sd",
+    "w2sd_sample": "w2sd",
+    "FDistill": "f_distill",
+    "GumbelSimplexFlow": "gumbel_flow",
     "GradientGuide": "gradmatch.core.guidance",
-    "Straightened": "gradmatch.generate.boss",
-    "bellman_steps": "gradmatch.generate.boss",
-    "straighten": "gradmatch.generate.boss",
-    "Inpainting": "gradmatch.generate.lfm",
-    "Labels": "gradmatch.generate.lfm",
-    "LatentFlow": "gradmatch.generate.lfm",
-    "Layout": "gradmatch.generate.lfm",
+    "Straightened": "boss",
+    "bellman_steps": "boss",
+    "straighten": "boss",
+    "Inpainting": "lfm",
+    "Labels": "lfm",
+    "LatentFlow": "lfm",
+    "Layout": "lfm",
 }
 
 __all__ = [
@@ -51,12 +52,4 @@ __all__ = [
     "w2sd_sample",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'gradmatch.generate' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

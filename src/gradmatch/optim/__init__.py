@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.optim._boost_head import boost_head
@@ -63,12 +64,4 @@ __all__ = [
     "remove_tract",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"gradmatch.optim.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'gradmatch.optim' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.solve._direction_training import (
@@ -64,12 +65,4 @@ __all__ = [
     "train_direction_net",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"gradmatch.solve.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'gradmatch.solve' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -7,8 +7,9 @@ tokenizer.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradmatch.core.lazy import lazily
 
 if TYPE_CHECKING:
     from gradmatch.core.assign import Permutation, PermutationSpec
@@ -89,14 +90,4 @@ __all__ = [
     "weight_match",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        home = _HOMES[name]
-        full = home if "." in home else f"gradmatch.weights.{home}"
-        return getattr(importlib.import_module(full), name)
-    raise AttributeError(f"module 'gradmatch.weights' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)
