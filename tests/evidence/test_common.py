@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,33 @@ def test_parallel_keeps_the_order_and_one_thread(workers, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert found == [(25, 1), (1, 1), (16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("met", "said"),
+    [
+        ([True, False, True, False], "Conditions met: 2 of 4 (not 2, 4)."),
+        ({1: True, "b": False}, "Conditions met: 1 of 2 (not b)."),
+        ([True, True], "Conditions met: 2 of 2."),
+    ],
+)
+def test_conditions_are_counted_and_the_missed_ones_named(met, said):
+    assert common.tally(met) == said
+
+
+def test_parts_of_an_earlier_run_count_with_what_they_took(tmp_path, monkeypatch):
+    where = settings(tmp_path, workers=2)
+    clock = iter([0.0, 30.0, 100.0, 107.0])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(common.time, "time", lambda: 1000.0)
+    common.kept(where, "toy", "a", {}, lambda: 1)
+    common.kept(where, "toy", "b", {}, lambda: 1)
+    for name in "ab":
+        os.utime(where.runs / "toy" / f"{name}.json", (1000, 1000))
+    assert common.spared(where, "toy", 2000.0) == 0  # read by nobody
+    common.kept(where, "toy", "a", {}, lambda: pytest.fail("made again"))
+    assert common.spared(where, "toy", 2000.0) == 30
+    assert common.spared(where, "toy", 500.0) == 0  # made in this run, so in its own time
 
 
 def test_finished_parts_are_read_again_only_under_equal_settings(tmp_path):

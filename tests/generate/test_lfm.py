@@ -421,6 +421,7 @@ def test_loaders_examples_and_diffusers_networks_are_taken() -> None:
     assert nfe.tolist() == [4] * 3
     plain = LatentFlow(None, unet(1, 8, 8, levels=1), scale=1.0)
     plain.fit(DataLoader(TensorDataset(x, y), batch_size=5), 2)
+    plain.fit(DataLoader(TensorDataset(x), batch_size=5), 2)  # batches of one tensor
     assert plain.sample(2, solver="heun", steps=1).images.shape == (2, 1, 8, 8)
 
 

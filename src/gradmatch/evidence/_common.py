@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -104,7 +104,7 @@ class Result:
     links: dict[str, str] = field(default_factory=dict)
     pictures: tuple[tuple[str, bytes], ...] = ()
     seconds: float | None = None
-    """Wall time of the whole, where parts kept from an earlier run were used; default that of this run."""
+    """Wall time of the whole; default that of this run and of the parts it read from earlier ones."""
 
     def __post_init__(self) -> None:
         checks.one_of("verdict", self.verdict, VERDICTS)
@@ -175,6 +175,17 @@ def verdict_of(conditions: Sequence[bool], *, needed: Sequence[bool] = ()) -> st
     return "holds in part" if any(conditions) or needed else "does not hold"
 
 
+def tally(met: Mapping[Any, bool] | Sequence[bool]) -> str:
+    """How many conditions are met, and which are not: by their names, or their places from 1.
+
+    >>> tally([True, False, True])
+    'Conditions met: 2 of 3 (not 2).'
+    """
+    named = dict(met) if isinstance(met, Mapping) else dict(enumerate(met, 1))
+    missed = ", ".join(str(k) for k, ok in named.items() if not ok)
+    return f"Conditions met: {sum(named.values())} of {len(named)}" + (f" (not {missed})." if missed else ".")
+
+
 def parallel(
     work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], settings: Settings, *, label: str = "runs"
 ) -> list[Any]:
@@ -222,15 +233,33 @@ class _bar:
 
 
 def kept(settings: Settings, slug: str, name: str, config: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """A finished part of a long experiment: read from ``runs`` if it is there with equal ``config``, else made."""
+    """A finished part of a long experiment: read from ``runs`` if it is there with equal ``config``, else made.
+
+    What it took to make is kept with it, so that :func:`spared` can tell what a later run saved.
+    """
     file = settings.runs / slug / f"{name}.json"
     if file.exists():
         found = read_json(file)
         if found.get("config") == config:
+            file.touch()
             return found["value"]
+    began = time.perf_counter()
     value = make()
-    write_json(file, {"config": config, "value": value})
+    took = time.perf_counter() - began
+    write_json(file, {"config": config, "value": value, "seconds": took, "made": time.time()})
     return value
+
+
+def spared(settings: Settings, slug: str, since: float) -> float:
+    """Seconds of the parts that were made before ``since`` (a clock time) and read again after it, in all."""
+    total = 0.0
+    for file in (settings.runs / slug).glob("**/*.json"):
+        if file.stat().st_mtime < since:
+            continue
+        found = read_json(file)
+        if isinstance(found, dict) and found.get("made", math.inf) < since:
+            total += found.get("seconds", 0.0)
+    return total
 
 
 def raw(train: Examples, test: Examples) -> tuple[Examples, Examples]:
@@ -400,6 +429,7 @@ def run_experiment(slug: str, settings: Settings) -> tuple[Result, Path]:
     """Run one experiment and write its result and picture."""
     module = experiment(slug)
     keep_freed_memory()
-    began = time.perf_counter()
+    since, began = time.time(), time.perf_counter()
     result: Result = module.run(settings)
-    return result, write_result(result, settings, time.perf_counter() - began)
+    seconds = time.perf_counter() - began + spared(settings, slug, since) / settings.workers
+    return result, write_result(result, settings, seconds)

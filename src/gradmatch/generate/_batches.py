@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -83,19 +83,22 @@ def _in_memory(data: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _streamed(data: Any, condition: Condition, cond: Any) -> Callable[[torch.Generator], tuple[Tensor, Any]]:
-    batches = iter(())
+    batches = forever(data)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Any]:
-        nonlocal batches
-        rows = next(batches, None)
-        if rows is None:
-            batches = iter(data)
-            rows = next(batches, None)
-        if rows is None:
-            checks.refuse("data is empty; at least one batch is needed.")
-        x, y = (rows, None) if isinstance(rows, Tensor) else (rows[0], rows[1])
+        x, y = next(batches)
         if cond is not None:
             return x, cond(x, y, generator)
         return x, y if isinstance(condition, Labels) else None
 
     return draw
+
+
+def forever(data: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
+    """(examples, what comes with them or None) of a loader's batches, which is gone through again and again."""
+    while True:
+        empty = True
+        for rows in data:
+            empty = False
+            yield (rows, None) if isinstance(rows, Tensor) else (rows[0], rows[1] if len(rows) > 1 else None)
+        checks.require(not empty, "data is empty; at least one batch is needed.")

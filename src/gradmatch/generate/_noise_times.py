@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from gradmatch.core import checks
 from gradmatch.core.bridge import Denoiser
 from gradmatch.core.path import EDM, AffinePath, LinearPath, ResidualPath, VariancePreserving
 from gradmatch.core.training import seed_of
+from gradmatch.generate._batches import forever
 
 Times = Callable[[int, torch.Generator], Tensor]
 _RHO = 7
@@ -88,7 +89,7 @@ def drawn(data: Any, batch: int, seed: int, resumable: bool) -> Callable[[int], 
         checks.require(
             not resumable, "data is a loader, whose order no folder can bring back; give tensors to resume."
         )
-        batches = _forever(data)
+        batches = forever(data)
         return lambda k: next(batches)
     x, cond = pair
     checks.finite("data", x)
@@ -101,12 +102,3 @@ def drawn(data: Any, batch: int, seed: int, resumable: bool) -> Callable[[int], 
         return x[index], None if cond is None else cond[index]
 
     return draw
-
-
-def _forever(data: Any) -> Iterator[tuple[Tensor, Any]]:
-    while True:
-        empty = True
-        for rows in data:
-            empty = False
-            yield (rows, None) if isinstance(rows, Tensor) else (rows[0], rows[1] if len(rows) > 1 else None)
-        checks.require(not empty, "data is empty; at least one batch is needed.")

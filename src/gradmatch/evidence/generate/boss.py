@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, verdict_of
+from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, tally, verdict_of
 from gradmatch.evidence.generate import _boss_arms as arms
 from gradmatch.evidence.generate import _boss_picture
 
@@ -133,7 +133,6 @@ def judged(rows: list[Row], picture: bytes | None = None) -> Result:
         below(NETWORK, "frechet", "BOSS", "Bellman", TUNED_CALLS),
         below(RING, "rmse", "Bellman", "uniform", RING_CALLS),
     ]
-    missed = ", ".join(str(i + 1) for i, ok in enumerate(met) if not ok)
     at2 = {m: mean(NETWORK, "frechet", m, 2) for m in (*arms.TUNED, "Bellman")}
     exact, ring = ([mean(p, "rmse", m, 2) for m in ("Bellman", "uniform")] for p in (EXACT, RING))
     words = (
@@ -150,7 +149,7 @@ def judged(rows: list[Row], picture: bytes | None = None) -> Result:
         CLAIM,
         RULE,
         verdict_of(met),
-        f"{words} Conditions met: {sum(met)} of {len(met)}" + (f" (not {missed})." if missed else "."),
+        f"{words} {tally(met)}",
         "as each row says, at equal network calls",
         tuple(rows),
         higher_is_better=False,

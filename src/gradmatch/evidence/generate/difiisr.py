@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, verdict_of
+from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, tally, verdict_of
 from gradmatch.evidence.generate import _difiisr_arms as arms
 from gradmatch.evidence.generate import _difiisr_picture
 
@@ -159,15 +159,13 @@ def judged(rows: list[Row], picture: bytes | None = None) -> Result:
         f"{words[0].upper()}{words[1:]}; the judge is right on {accuracy[0]:.3f} plain, {accuracy[1]:.3f} perceptual, "
         f"{accuracy[2]:.3f} true garments."
     )
-    missed = ", ".join(str(i + 1) for i, ok in enumerate(met) if not ok)
-    tail = f"Conditions met: {sum(met)} of {len(met)}" + (f" (not {missed})." if missed else ".")
     return Result(
         SLUG,
         TITLE,
         CLAIM,
         RULE,
         verdict_of(met),
-        f"{words} {tail}",
+        f"{words} {tally(met)}",
         "as each row says",
         tuple(rows),
         higher_is_better=False,

@@ -21,7 +21,7 @@ from gradmatch.core.path import VariancePreserving
 from gradmatch.core.quality import frechet_distance, noise_floor
 from gradmatch.core.sampler import Network, Solver
 from gradmatch.core.store import load_tensors, save_tensors
-from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, verdict_of
+from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, tally, verdict_of
 from gradmatch.evidence._judges import judge
 from gradmatch.evidence.generate import _lfm_bound, _lfm_picture
 from gradmatch.evidence.generate._fashion import as_pixels, fashion, small_latents, small_vae, train_for
@@ -352,15 +352,13 @@ def judged(rows: list[Row], picture: bytes | None = None) -> Result:
         f"{found['latent DDPM, DDIM, 10 calls'].mean:.2f} for the DDPM; the flow is below the DDPM at "
         f"{crossing or 'no number of'} calls; agreement {one.mean:.3f} -> {more.mean:.3f} by guidance."
     )
-    missed = ", ".join(str(i + 1) for i, ok in enumerate(met) if not ok)
-    tail = f"Conditions met: {sum(met)} of {len(met)}" + (f" (not {missed})." if missed else ".")
     return Result(
         SLUG,
         TITLE,
         CLAIM,
         RULE,
         verdict_of(met),
-        f"{words} {tail}",
+        f"{words} {tally(met)}",
         "Frechet distance in the judge's features, unless the row says otherwise",
         tuple(rows),
         higher_is_better=False,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from gradmatch.evidence._common import Gain, Result, Row, Settings, gain, parallel, verdict_of
+from gradmatch.evidence._common import Gain, Result, Row, Settings, gain, parallel, tally, verdict_of
 from gradmatch.evidence.generate import _repa_arms as arms
 from gradmatch.evidence.generate._repa_picture import picture
 
@@ -103,15 +103,13 @@ def judged(rows: Sequence[Row], png: bytes | None = None) -> Result:
         6: gap("frechet", ours, first).below(),
         7: gap("frechet", ours, middle).below(),
     }
-    missed = [str(k) for k, ok in met.items() if not ok]
     means = "; ".join(
         f"{words} "
         + ", ".join(f"{of[f'{words}, {arm}'].mean:.3g} {arm}" for arm in (none, first, middle, ours))
         for words in METRICS.values()
     )
     reason = (
-        f"Conditions met: {len(met) - len(missed)} of {len(met)}" + (f" (not {', '.join(missed)})" if missed else "")
-        + f". {means}. Frechet distance, U-REPA - no alignment {gap('frechet', ours, none)}."
+        f"{tally(met)} {means}. Frechet distance, U-REPA - no alignment {gap('frechet', ours, none)}."
     )  # fmt: skip
     return Result(
         SLUG, TITLE, CLAIM, RULE, verdict_of(list(met.values()), needed=[met[1], met[4]]), reason,

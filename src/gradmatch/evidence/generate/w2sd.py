@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, verdict_of
+from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, tally, verdict_of
 from gradmatch.evidence.generate import _w2sd_arms as arms
 from gradmatch.evidence.generate import _w2sd_picture
 
@@ -150,7 +150,6 @@ def judged(rows: list[Row], chosen: dict[int, dict[str, str]], picture: bytes | 
     met += [all(below(b, PLAIN, swap) for swap in SWAPS) for b in BAGS]
     rivals = {b: [f"{kind}, {chosen[b][kind]}" for kind in ("W2SD", "extrapolation")] for b in BAGS}
     met += [below(b, rivals[b][0], rivals[b][1], ("frechet",)) for b in BAGS]
-    missed = ", ".join(str(i + 1) for i, ok in enumerate(met) if not ok)
     shares = [row(0, "share", n).mean for n in (PLAIN, FULL, SHORT, "extrapolation by 1, T 25")]
     words = (
         f"The exact share goes from {shares[0]:.2f} to {shares[1]:.2f} with lambda 49 (ideal 0.5) and to "
@@ -164,14 +163,13 @@ def judged(rows: list[Row], chosen: dict[int, dict[str, str]], picture: bytes | 
             f"Frechet distances {ends[0]:.2f} strong, {ends[1]:.2f} W2SD with lambda 49, {ends[2]:.2f} at equal calls, "
             f"and at 100 calls with chosen settings {ends[3]:.2f} W2SD, {ends[4]:.2f} extrapolation"
         )
-    tail = f"Conditions met: {sum(met)} of {len(met)}" + (f" (not {missed})." if missed else ".")
     return Result(
         SLUG,
         TITLE,
         CLAIM,
         RULE,
         verdict_of(met),
-        f"{words}. {tail}",
+        f"{words}. {tally(met)}",
         "as each row says, with the network calls that each sample took",
         tuple(rows),
         higher_is_better=False,
