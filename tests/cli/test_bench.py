@@ -23,6 +23,7 @@ def test_it_tunes_runs_and_goes_on(tmp_path, monkeypatch):
     words += ("--seeds", "2", "--steps", "5", "--out", str(tmp_path / "o"))
     first = call(*words)
     assert first.exit_code == 0, first.output
+    assert first.output.count("end of the") == 4  # with two rates each is one
     rows = json.loads((tmp_path / "o" / "bench.json").read_text())["rows"]
     assert len(rows) == 4
     assert all(r["rate"] in (1e-3, 1e-1) and r["ms"] > 0 for r in rows)

@@ -86,6 +86,7 @@ def bench(
     table = Table("task", "optimizer", "rate", "loss", "ms a step")
     for r in rows:
         shown = "none" if r["rate"] is None else f"{r['rate']:g}"
+        shown += " (end of the grid)" if r["rate"] in (work.RATES[0], work.RATES[-1]) else ""
         table.add_row(
             r["task"], r["optimizer"], shown, f"{r['loss']:.4g} +- {r['std']:.2g}", f"{r['ms']:.3g}"
         )
