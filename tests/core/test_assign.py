@@ -415,6 +415,35 @@ def test_assignment_equals_brute_force_in_batches_and_rectangles() -> None:
         linear_assignment(torch.zeros(3))
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (40, 64), (64, 40)])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_large_problems_have_the_optimum_that_scipy_finds(shape: tuple[int, int], maximize: bool) -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    g = torch.Generator().manual_seed(1)
+    # offsets of rows and columns, and whole numbers with many ties
+    for scores in (
+        torch.randn(shape, generator=g).double() + 50 * torch.randn(shape[0], 1, generator=g),
+        torch.randint(0, 4, shape, generator=g).double(),
+        torch.zeros(shape).double(),
+    ):
+        before = scores.clone()
+        columns = linear_assignment(scores, maximize=maximize)
+        kept = columns >= 0
+        assert int(kept.sum()) == len(set(columns[kept].tolist())) == min(shape)
+        rows, best = linear_sum_assignment(scores.numpy(), maximize=maximize)
+        truth = float(scores.numpy()[rows, best].sum())
+        assert float(scores[torch.nonzero(kept)[:, 0], columns[kept]].sum()) == pytest.approx(
+            truth, rel=1e-12
+        )
+        assert torch.equal(scores, before)
+    for size, bad in ((40, float("nan")), (40, float("inf")), (3, -float("inf")), (3, float("inf"))):
+        scores = torch.rand(size, size)
+        scores[1, 2] = bad  # scipy takes an infinite cost for a pair that may not be
+        with pytest.raises(InputError, match="1 NaN or infinite"):
+            linear_assignment(scores, maximize=maximize)
+
+
 def test_sinkhorn_is_doubly_stochastic_and_sharpens_to_the_assignment() -> None:
     scores = randn(4, 6, 6).double()
     soft = sinkhorn(scores, rounds=200)
