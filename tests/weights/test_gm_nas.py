@@ -445,6 +445,44 @@ def test_nas_bench_201() -> None:
     assert not space.connected((0, 0, 1, 0, 1, 1))
 
 
+def test_pooling_is_the_mean_of_the_pixels_there_are() -> None:
+    pool = NASBench201Space().supernet().stacks[0][0]["1<-0"].ops[4]
+    for shape in ((2, 3, 5, 7), (1, 2, 2, 1)):
+        x = randn(*shape).double().requires_grad_()
+        wanted = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        assert torch.allclose(pool(x), wanted, atol=1e-14)
+        slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in (pool(x), wanted)]
+        assert torch.allclose(*slopes, atol=1e-13)
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_frozen_parameters_are_no_shared_ones(vectorized: bool) -> None:
+    frozen = build(SPACE.supernet, 0)
+    frozen.stem.requires_grad_(False)
+    splitter = GMSplitter(SPACE, repeat=2, vectorized=vectorized)
+    found = splitter.distances(frozen, 1, batches())
+
+    class StemOnEdge(CellSpace):  # the same columns left out by another way
+        def supernet(self) -> nn.Module:
+            net = super().supernet()
+            own = net.edge_parameters
+            net.edge_parameters = lambda e: [*own(e), "stem.1.weight", "stem.1.bias"]
+            return net
+
+    space = StemOnEdge(SPACE.inputs, SPACE.width, SPACE.classes)
+    wanted = GMSplitter(space, repeat=2, vectorized=vectorized).distances(
+        build(space.supernet, 0), 1, batches()
+    )
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_search_named_beside_a_recipe_counts() -> None:
+    recipe = Recipe(lr=0.1, search="snas")
+    assert FewShotNAS(SPACE, [], search="darts", recipe=recipe).recipe == Recipe(lr=0.1, search="darts")
+    assert FewShotNAS(SPACE, [], recipe=recipe).recipe == recipe
+    assert FewShotNAS(SPACE, []).recipe.search == "rsps"
+
+
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +518,12 @@ def empty() -> Tensor:
             r"shape \(3, 4\)",
         ),
         (lambda n: GMSplitter(SPACE).choose(n, []), "loader is empty"),
+        (
+            lambda n: GMSplitter(SPACE, repeat=1).choose(
+                n, [(torch.full((4, SPACE.inputs), torch.nan), torch.arange(4))]
+            ),
+            "gradients of the supernet",
+        ),
         (lambda n: GMSplitter(OneEdge()), "without a second nothing is shared"),
         (lambda n: GMSplitter(nn.Linear(2, 2)), "must have edges, ops"),
         (lambda n: GMSplitter(SPACE, distance="l1"), "distance is 'l1'"),

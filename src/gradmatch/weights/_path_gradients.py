@@ -20,7 +20,7 @@ class PathGradients:
 
     def __init__(self, net: nn.Module, loss: Any, vectorized: bool | None, most: int) -> None:
         self.net, self.loss, self.most = net, loss, most
-        self.params = {n: p.detach() for n, p in net.named_parameters()}
+        self.params = {n: p.detach() for n, p in trained(net)}
         convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in net.modules())
         self.vectorized = not convolves if vectorized is None else vectorized
 
@@ -45,7 +45,7 @@ class PathGradients:
         return vmap(vmap(flat, (0, None, None)))(weights.to(x), x, y)
 
     def _one_by_one(self, paths: list[Any], x: Tensor, y: Tensor) -> Tensor:
-        params = list(self.net.parameters())
+        params = [p for _, p in trained(self.net)]
         rows = []
         for path in paths:
             with torch.enable_grad():
@@ -65,7 +65,12 @@ def _weights(path: Any, width: int) -> Tensor:
 def shared_columns(net: nn.Module, edge: int) -> Bool[Tensor, " P"]:
     """Which entries of the flat gradient are shared: all but the edge's own."""
     own = set(net.edge_parameters(edge))  # type: ignore[operator]
-    return torch.cat([torch.full((p.numel(),), n not in own) for n, p in net.named_parameters()])
+    return torch.cat([torch.full((p.numel(),), n not in own) for n, p in trained(net)])
+
+
+def trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters without those that are frozen, which no architecture pulls anywhere."""
+    return [(n, p) for n, p in net.named_parameters() if p.requires_grad]
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -244,8 +244,14 @@ def _conv(before: int, width: int, size: int, affine: bool, stride: int = 1) -> 
 
 
 class _Pool(nn.Module):
+    """Mean over 3 x 3 pixels, of those there are; as a convolution, which processors do several times faster."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        sums = F.conv2d(x, x.new_ones(1, 1, 3, 3).expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
+        rows, columns = (
+            F.conv1d(x.new_ones(1, 1, n), x.new_ones(1, 1, 3), padding=1)[0, 0] for n in x.shape[2:]
+        )
+        return sums / (rows[:, None] * columns)
 
 
 class _Residual(nn.Module):

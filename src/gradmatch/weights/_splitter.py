@@ -282,7 +282,7 @@ class GMSplitter:
 
     def _matrix(self, rows: Tensor, shared: Tensor, engine: PathGradients) -> Float[Tensor, "O O"]:
         """Distances between gradient rows (O, P) on the shared parameters."""
-        rows = rows * shared.to(rows)
+        rows = checks.finite("gradients of the supernet", rows * shared.to(rows))
         if self.distance == "filter":
             lists = [engine.unflatten(r) for r in rows]
             d = rows.new_zeros(len(rows), len(rows))

@@ -17,7 +17,7 @@ Published settings: NAS-Bench-201 splits in 2 after 15 and 30 epochs (20 and 40 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class FewShotNAS:
         restart: "final" (fresh weights after the last split) or "never".
         select_samples: architectures judged in each sub-supernet with "rsps".
         splitter: options of :class:`GMSplitter` (repeat, distance, edge_score, ...).
+        search: "rsps", "darts" (first order), "darts2" or "snas"; default the recipe's, which is "rsps".
         recipe: of the training; see :class:`Recipe`.
         batch_size: for data given as tensors; loaders keep theirs.
         seed: of weights, batches, architectures and splits.
@@ -165,7 +166,7 @@ class FewShotNAS:
         select_samples: int = 200,
         splitter: dict[str, Any] | None = None,
         recipe: Recipe | None = None,
-        search: str = "rsps",
+        search: str | None = None,
         batch_size: int = 48,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -186,7 +187,9 @@ class FewShotNAS:
         self.final_epochs = checks.whole("final_epochs", final_epochs)
         self.criterion, self.restart = criterion, restart
         self.select_samples = checks.whole("select_samples", select_samples)
-        self.recipe = recipe or Recipe(search=search)
+        self.recipe = recipe or Recipe()
+        if search is not None:
+            self.recipe = replace(self.recipe, search=search)
         self.batch_size, self.seed = checks.whole("batch_size", batch_size), checks.whole("seed", seed, 0)
         self.device, self.progress = torch.device(device), progress
         self._done, self._total = 0, (epochs[-1] if epochs else 0) + self.final_epochs
