@@ -376,6 +376,7 @@ def test_only_the_first_examples_are_used_of_any_data() -> None:
     expected = fisher_diagonal(net, (x[:10], y[:10]))
     sets = [
         (x, y),
+        x,
         {"input": x, "labels": y},
         TensorDataset(x, y),
         DataLoader(TensorDataset(x, y), batch_size=7),
@@ -419,6 +420,11 @@ def test_what_has_no_fisher_is_refused() -> None:
         fisher_diagonal(net, (x, torch.zeros(40)), labels="true")
     with pytest.raises(InputError, match="use labels='sample'"):
         fisher_diagonal(nn.Linear(4, 5000).double(), (x, torch.zeros(40)))
+    for labels in ("exact", "sample", "empirical"):
+        with pytest.raises(InputError, match="one class, shape"):
+            fisher_diagonal(nn.Linear(4, 1).double(), (x, torch.zeros(40).long()), labels=labels)
+    with pytest.raises(InputError, match="needs class ids"):
+        fisher_diagonal(net, x, labels="empirical")
     with pytest.raises(InputError, match="walked again"):
         fisher_diagonal(net, iter([(x, x)]))
 

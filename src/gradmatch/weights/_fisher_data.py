@@ -27,7 +27,7 @@ class First:
     def __init__(self, data: Any, count: int, batch_size: int, whole: bool) -> None:
         if hasattr(data, "x") and hasattr(data, "y"):
             data = (data.x, data.y)
-        if isinstance(data, tuple | Mapping):
+        if isinstance(data, Tensor | tuple | Mapping):
             data = _Slices(data, checks.whole("batch_size", batch_size))
         elif isinstance(data, Dataset) and hasattr(data, "__len__"):
             most = min(count, len(data))
@@ -99,6 +99,11 @@ class Scores:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """[R, m, ..., C] for logits [m, ..., C]."""
+        checks.require(
+            logits.shape[-1] > 1,
+            f"model returns logits of one class, shape {tuple(logits.shape)}; two are needed (of a single logit z, "
+            "forward= may give 0 and z).",
+        )
         counted, truth = self._positions(logits, batch)
         if self.labels == "exact":
             return self._exact(logits, counted)

@@ -63,7 +63,7 @@ def fisher_diagonal(
 
     Args:
         model: any module whose output is logits (m, C) or (m, T, C), or has them as ``.logits``.
-        data: (x, y), a dict of tensors, a ``Dataset``, or an iterable of batches; labels are used by
+        data: inputs, (x, y), a dict of tensors, a ``Dataset``, or an iterable of batches; labels are used by
             "empirical" only. It may be shuffled: the first ``n_examples`` of one walk are taken.
         n_examples: most examples used; 4096 as published.
         labels: "exact" (the expectation over all classes, C - 1 backward passes a batch), "sample"
