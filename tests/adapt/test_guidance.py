@@ -38,7 +38,7 @@ def step(guidance: Guidance, x: Tensor) -> Tensor:
 # --- the similarity ------------------------------------------------------------------------------------------
 
 
-def test_cka_is_what_the_card_says() -> None:
+def test_cka_has_the_properties_of_its_definition() -> None:
     x, y = randn(30, 6).double(), randn(30, 9, seed=1).double()
     q = torch.linalg.qr(randn(6, 6, seed=2).double())[0]
     for debiased in (False, True):
@@ -223,6 +223,33 @@ def trained(guidance, target: nn.Module, x: Tensor, y: Tensor, steps: int = 5) -
 def with_dropout() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def test_a_tokenizers_batch_goes_to_the_guide_by_name() -> None:
+    from transformers import BatchEncoding, BertConfig, BertModel
+
+    def bert(width: int) -> BertModel:
+        torch.manual_seed(width)
+        config = BertConfig(
+            vocab_size=20, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+            attn_implementation="eager",
+        )  # fmt: skip
+        return BertModel(config, add_pooling_layer=False).eval()
+
+    target, guide = bert(8), bert(12)
+    ids = torch.randint(0, 20, (6, 5), generator=torch.Generator().manual_seed(0))
+    batch = BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    batch["attention_mask"][:, 4] = 0
+    guidance = Guidance(target, guide)
+    guidance.remember(batch, batch_size=4)
+    for options in ({}, {"index": torch.arange(6)}):
+        with guidance.capture():
+            target(**batch)
+            found = guidance.loss(batch, **options)
+        by_hand = Guidance(target, guide, guide_input=lambda x: (x["input_ids"], x["attention_mask"]))
+        with by_hand.capture():
+            target(**batch)
+            assert float(found.detach()) == pytest.approx(float(by_hand.loss(batch).detach()), rel=1e-5)
 
 
 def test_guide_is_bit_identical_and_hooks_are_gone() -> None:

@@ -435,6 +435,8 @@ def test_taylor_is_exact_for_a_quadratic_loss() -> None:
     path = barrier(problem, a, b, points=3)
     assert path.midpoint_gap < 0
     assert taylor_barrier(problem, a, b) == pytest.approx(path.midpoint_gap, rel=1e-6)
+    with pytest.raises(InputError, match="problem is a Linear; it must be a Problem"):
+        barrier(a, b, problem)
 
 
 def test_energy_shares_lie_between_none_and_all(pair) -> None:

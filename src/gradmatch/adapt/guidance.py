@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from gradmatch.core import checks
 from gradmatch.core._similarity import _norm, _relation, _varies, rsa
+from gradmatch.core._spec import call
 from gradmatch.core.tap import submodule
 
 __all__ = ["Guidance", "calibrate_batch_norm", "noise_input", "uniform_map"]
@@ -137,7 +138,8 @@ class Guidance:
         """alpha times the distance of the layers seen from the guide's, a scalar with its graph.
 
         Args:
-            x: the batch that the target was just called with.
+            x: the batch that the target was just called with: a tensor, positional arguments as a tuple, or
+                keyword arguments as a mapping (a tokenizer's batch).
             index: places of its examples in what :meth:`remember` was given; the guide is then not run.
 
         Raises:
@@ -172,7 +174,12 @@ class Guidance:
 
     def remember(self, x: Any, batch_size: int = 256) -> None:
         """Run the guide over all inputs once and keep its features, for ``loss(x, index=...)``."""
-        parts = [self._guide_features(part) for part in torch.split(x, batch_size)]
+        if isinstance(x, Mapping):
+            pieces = zip(*(torch.split(v, batch_size) for v in x.values()), strict=True)
+            chunks: list[Any] = [dict(zip(x, piece, strict=True)) for piece in pieces]
+        else:
+            chunks = list(torch.split(x, batch_size))
+        parts = [self._guide_features(chunk) for chunk in chunks]
         self._kept = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
     @torch.no_grad()
@@ -181,7 +188,7 @@ class Guidance:
         names = None if isinstance(self.layer_map, str) else [a for a, _ in self.layer_map]
         with torch.random.fork_rng(devices=[]), _recorded(self.guide, names) as seen:
             given = x if self.guide_input is None else self.guide_input(x)
-            self.guide(*given) if isinstance(given, tuple) else self.guide(given)
+            call(self.guide, given)
         return self._features(seen, self.guide, 1)
 
     def _features(self, seen: Mapping[str, Any], network: nn.Module, side: int) -> dict[str, Tensor]:

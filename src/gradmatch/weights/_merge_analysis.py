@@ -162,6 +162,10 @@ def barrier(
     split: str = "train",
 ) -> Segment:
     """:func:`gradmatch.core.segment.segment` with batch-norm's statistics re-estimated on the way, if it has any."""
+    checks.require(
+        isinstance(problem, Problem),
+        f"problem is a {type(problem).__name__}; it must be a Problem (network, loss and data), before a and b.",
+    )
     norms = problem.module is not None and bool(tracking(problem.module))
     if not norms:
         return segment(problem, a, b, points, split)
