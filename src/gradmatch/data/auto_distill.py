@@ -44,7 +44,7 @@ class Preset:
     pool: int
 
 
-PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((600, 1000), (800, 120), 16)}
+PRESETS = {"demo": Preset((400, 100), (400, 0), 8), "full": Preset((600, 1800), (800, 120), 16)}
 _GRAPH_IMAGES = 1500  # window times images up to which the graph of a whole window is kept: about a gigabyte
 
 
