@@ -40,6 +40,13 @@ def test_every_command_has_help_with_an_example(run, command):
     assert "Example" in result.stdout
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "gradmatch", "--version"], capture_output=True, text=True, check=True
+    )
+    assert __version__ in done.stdout
+
+
 def test_version_and_bare_program(run):
     assert run("--version").stdout == f"gradmatch {__version__}\n"
     bare = run()
