@@ -361,6 +361,37 @@ def test_a_stopped_sequence_goes_on_with_the_same_result(tmp_path) -> None:
         CompatibleTrainer(model(width=7)).load(tmp_path / "state.safetensors")
 
 
+def test_dropout_and_shuffling_loaders_follow_the_trainers_seed(tmp_path) -> None:
+    def trainer() -> CompatibleTrainer:
+        made = model()
+        made.backbone.insert(1, nn.Dropout(0.3))
+        return CompatibleTrainer(made, sgd, epochs=2, memory_per_class=4, seed=5)
+
+    def shuffled(t: tuple[Tensor, Tensor]) -> DataLoader:
+        return DataLoader(TensorDataset(*t), batch_size=7, shuffle=True)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    before = torch.get_rng_state()
+    whole.update(task(0, 5)), whole.update(shuffled(task(2)))
+    first.update(task(0, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    second.load(first.save(tmp_path / "state.safetensors"))
+    second.update(shuffled(task(2)))
+    assert all(torch.equal(t, second.model.state_dict()[k]) for k, t in whole.model.state_dict().items())
+
+
+def test_a_lone_last_image_joins_the_batch_before() -> None:
+    normed = model()
+    normed.backbone.append(nn.BatchNorm1d(12))
+    x, y = task(0, 5)
+    steps: list[tuple[int, int, float]] = []
+    found = CompatibleTrainer(normed, sgd, epochs=2, batch_size=8).update(
+        (x[:17], y[:17]), progress=lambda *step: steps.append(step)
+    )
+    assert len(found.losses) == steps[-1][0] == steps[-1][1] == 4
+
+
 def test_what_the_trainer_refuses() -> None:
     for options in (
         {"lam": 1.1},
@@ -376,6 +407,8 @@ def test_what_the_trainer_refuses() -> None:
         CompatibleTrainer(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="labels 8, 9 have no slot"):
         CompatibleTrainer(model(), sgd, epochs=1).update(task(8, 9))
+    with pytest.raises(InputError, match="labels are torch"):
+        CompatibleTrainer(model(), sgd, epochs=1).update((task(0)[0], task(0)[1].float()))
     with pytest.raises(InputError, match="data has inputs of dict"):
         CompatibleTrainer(model(), sgd, epochs=1).update(
             {"pixel_values": randn(4, 6), "labels": torch.zeros(4).long()}

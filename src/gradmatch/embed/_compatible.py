@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,27 +119,42 @@ class CompatibleTrainer:
         if replace_with is not None:
             self._replace(replace_with)
         old = copy.deepcopy(self.model if old_model is None else old_model).requires_grad_(False)
-        source = self._source(data)
-        steps = self.epochs * len(source.sizes)
+        mode = self.model.training
+        self.model.train()
+        try:
+            with self._seeded(), evaluating(old):
+                losses = self._trained(self._source(data), old, progress)
+        finally:
+            self.model.train(mode)
+        self.tasks += 1
+        return Update(self.tasks, tuple(losses), tuple(sorted(self.memory)))
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Within the block dropout and loaders, which draw from the global generator, follow the trainer's own."""
+        device = next(self.model.parameters()).device
+        ahead = torch.Generator().set_state(self.generator.get_state())
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=ahead)))
+            yield
+
+    def _trained(
+        self, source: OrderedData, old: nn.Module, progress: Callable[[int, int, float], Any] | None
+    ) -> list[float]:
+        """The losses of every step on one task, whose images are remembered in the end."""
+        steps = self.epochs * (len(source.sizes) if source._whole is None else len(_cut(source)))
         optimizer = self.optimizer(_groups(self.model))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, steps, optimizer.param_groups[0]["lr"] / 100
         )
         losses: list[float] = []
-        mode = self.model.training
-        self.model.train()
-        try:
-            with evaluating(old):
-                for new in self._new(source):
-                    losses.append(self._step(new, old, optimizer))
-                    schedule.step()
-                    if progress is not None:
-                        progress(len(losses), steps, losses[-1])
-        finally:
-            self.model.train(mode)
+        for new in self._new(source):
+            losses.append(self._step(new, old, optimizer))
+            schedule.step()
+            if progress is not None:
+                progress(len(losses), steps, losses[-1])
         self._remember(source)
-        self.tasks += 1
-        return Update(self.tasks, tuple(losses), tuple(sorted(self.memory)))
+        return losses
 
     def save(self, path: str | Path) -> Path:
         """Keep the model's weights, the memory and the count of tasks, to go on later with the same result."""
@@ -198,7 +214,7 @@ class CompatibleTrainer:
                 yield from source
                 continue
             everything = Batch(*source._whole, start=0)
-            for at in torch.split(torch.randperm(source.n, generator=self.generator), source.batch_size):
+            for at in torch.split(torch.randperm(source.n, generator=self.generator), _cut(source)):
                 yield everything.take(at)
 
     def _step(self, new: Batch, old: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -244,6 +260,12 @@ class CompatibleTrainer:
                 order = k.argsort()[: self.memory_per_class]
                 best[int(label)] = x[order], k[order]
         self.memory |= {label: x.clone() for label, (x, _) in best.items()}
+
+
+def _cut(source: OrderedData) -> list[int]:
+    """Sizes of batches in memory; a last one of a single image, which batch-norm refuses, joins the one before."""
+    *sizes, last = source.sizes
+    return [*sizes[:-1], sizes[-1] + 1] if last == 1 and sizes else [*sizes, last]
 
 
 def _compatible(name: str, model: Any) -> CompatibleModel:

@@ -112,8 +112,12 @@ class StationaryHead(nn.Module):
         """The slot of each label.
 
         Raises:
-            InputError: labels for which there is no slot.
+            InputError: labels that are no whole numbers, or for which there is no slot.
         """
+        checks.require(
+            not labels.is_floating_point() and labels.dtype != torch.bool,
+            f"labels are {labels.dtype}; they must be whole numbers.",
+        )
         if isinstance(self.slots, str):
             bad = (labels < 0) | (labels >= self.num_classes)
             found = labels if self.slots == "from_start" else self.num_classes - 1 - labels
