@@ -434,6 +434,19 @@ def test_a_hugging_face_model_with_tied_weights(tmp_path) -> None:
     assert torch.allclose(loaded(ids).logits, small(ids).logits, atol=1e-5)
 
 
+def test_another_process_gets_the_same_model() -> None:
+    import pickle
+
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    small = compress(net, randn(20, 6), steps=0)[0].half()
+    again = pickle.loads(pickle.dumps(small))
+    for made in (again, copy.deepcopy(small)):
+        assert type(made.network[2]) is type(small.network[2])
+        assert torch.equal(made(randn(4, 6).half()), small(randn(4, 6).half()))
+    again.network[2].weight_codes.zero_()
+    assert bool(small.network[2].weight.any())
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path) -> None:
     small, _ = quiet(mlp(), randn(20, 12), bits=2, steps=0)
     file = small.save(tmp_path / "m.safetensors")

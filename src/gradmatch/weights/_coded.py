@@ -170,6 +170,10 @@ class CodedLayer(nn.Module):
         """The weight of the layer's own shape and type."""
         return as_weight(self, self.coded.dense(), self.weight_shape).to(self.weight_dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and sent to other processes by the class of the plain layer; that of this one is made on the way."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Codes keep their stored type when the model's is changed; the weight takes the new one."""
         stored = {
@@ -186,6 +190,11 @@ class CodedLayer(nn.Module):
 @lru_cache(maxsize=256)
 def _class(kind: type) -> type:
     return type(f"Coded{kind.__name__}", (CodedLayer, kind), {"__module__": __name__})
+
+
+def _blank(kind: type) -> Any:
+    made = _class(kind)
+    return made.__new__(made)
 
 
 def coded_layer(layer: nn.Module, coded: Coded) -> nn.Module:
