@@ -193,8 +193,7 @@ def _class(kind: type) -> type:
 
 
 def _blank(kind: type) -> Any:
-    made = _class(kind)
-    return made.__new__(made)
+    return object.__new__(_class(kind))
 
 
 def coded_layer(layer: nn.Module, coded: Coded) -> nn.Module:
