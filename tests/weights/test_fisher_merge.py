@@ -230,6 +230,12 @@ def test_tied_weights_stay_tied_and_are_merged_once() -> None:
     as_dict = merge([n.state_dict() for n in nets], fs)
     assert as_dict["head.weight"].data_ptr() == as_dict["embed.weight"].data_ptr()
     assert torch.equal(as_dict["embed.weight"], merged.embed.weight)
+    apart = {k: t.clone() for k, t in nets[1].state_dict().items()}  # saved twice, still one
+    assert torch.equal(merge([nets[0], apart]).head.weight, merge(nets).embed.weight)
+    apart["head.weight"] += 1
+    with pytest.raises(InputError, match="ties 'head"):
+        merge([nets[0], apart])
+    assert merge([nets[0], apart], mergeable="embed").head.weight.shape == (5, 3)
 
 
 @pytest.mark.parametrize(

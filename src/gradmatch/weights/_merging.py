@@ -141,7 +141,23 @@ def merged_names(models: Sequence[StateDict], mergeable: Filter) -> list[str]:
                 name in target,
                 f"models[0] has no {name!r}, which models[{k}] has; leave it out by mergeable or align them.",
             )
+            first = target.tied.get(name)
+            checks.require(
+                first is None or first not in model or _equal(model, name, first),
+                f"models[0] ties {name!r} to {first!r}, and models[{k}] has two different tensors there; tie or untie "
+                "them in both.",
+            )
     return names
+
+
+def _equal(model: StateDict, name: str, other: str) -> bool:
+    """Whether two tensors of a model have the same numbers."""
+    if model.spec(name).shape != model.spec(other).shape:
+        return False
+    return all(
+        torch.equal(a.float(), b.float())
+        for a, b in zip(model.pieces(name), model.pieces(other), strict=True)
+    )
 
 
 def shares(weights: Any, count: int) -> list[float]:
