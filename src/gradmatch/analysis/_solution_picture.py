@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from gradmatch.core.picture import blank, png
 
 if TYPE_CHECKING:
     from gradmatch.analysis._solution_report import SolutionReport
@@ -17,14 +18,9 @@ MOST = 28
 
 def draw(report: SolutionReport, title: str = "") -> bytes:
     """PNG: every metric by optimizer, rates tried, and for a stream what is left of each task and class codes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     stream = "final_acc" in report.metrics
-    figure = plt.figure(figsize=(13, 8.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))  # type: ignore[misc]
+    figure = blank(figsize=(13, 8.2))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
     _fingerprints(left.subplots(), report)
     panels = right.subplots(2, 1, height_ratios=(1, 1.1))
     _rates(panels[0], report, stream)
@@ -33,10 +29,7 @@ def draw(report: SolutionReport, title: str = "") -> bytes:
     else:
         _trade(panels[1], report)
     figure.suptitle(title or _title(report), fontsize=12, x=0.01, ha="left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _title(report: SolutionReport) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING, Any
+
+from gradmatch.core.picture import png, subplots
 
 if TYPE_CHECKING:
     from gradmatch.analysis._spectrum import Spectrum
@@ -14,15 +15,8 @@ INK, LINE, FILL, MARK = "#1d2b36", "#2a6f97", "#a9cfe3", "#d1495b"
 
 def draw(found: Spectrum, title: str = "") -> bytes:
     """PNG: the density (where known) with the largest eigenvalues as ticks, and the eigenvalues in order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     wide = found.masses() is not None
-    figure, axes = plt.subplots(
-        1, 2 if wide else 1, figsize=(11 if wide else 6, 4.2), layout="constrained", squeeze=False
-    )
+    figure, axes = subplots(1, 2 if wide else 1, figsize=(11 if wide else 6, 4.2), squeeze=False)
     if wide:
         _density(axes[0, 0], found)
     _order(axes[0, -1], found)
@@ -35,10 +29,7 @@ def draw(found: Spectrum, title: str = "") -> bytes:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _density(axis: Any, found: Spectrum) -> None:

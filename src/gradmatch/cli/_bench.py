@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gradmatch.cli import _optimizers
+from gradmatch.core.picture import png, subplots
 
 
 def register(app: typer.Typer) -> None:
@@ -115,14 +115,7 @@ def _kind(name: str) -> Any:
 
 
 def _picture(rows: list[dict[str, Any]], places: list[str]) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(places), figsize=(3.4 * len(places), 3), layout="constrained", squeeze=False
-    )
+    figure, axes = subplots(1, len(places), figsize=(3.4 * len(places), 3), squeeze=False)
     for axis, task in zip(axes[0], places, strict=True):
         own = [r for r in rows if r["task"] == task]
         for r in own:
@@ -132,7 +125,4 @@ def _picture(rows: list[dict[str, Any]], places: list[str]) -> bytes:
         axis.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="loss")
         axis.set_title(task, loc="left", fontsize=10)
     axes[0, 0].legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

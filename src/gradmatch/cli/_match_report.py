@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gradmatch.cli import _show
+from gradmatch.core.picture import png, subplots
 
 if TYPE_CHECKING:
     from gradmatch.cli._match_case import Case
@@ -76,22 +77,14 @@ def tell(
 
 def picture(reports: dict[str, MergeAnalysis]) -> bytes:
     """The loss, and the accuracy where there is one, along both paths; a column for each split."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     shown = {name: (r.naive, r.matched) for name, r in reports.items()}
     rows = 1 + any(
         path is not None and path.accuracies is not None for pair in shown.values() for path in pair
     )
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows,
         len(shown),
         figsize=(5.2 * len(shown), 3.2 * rows),
-        layout="constrained",
         squeeze=False,
         sharex=True,
     )
@@ -112,7 +105,4 @@ def picture(reports: dict[str, MergeAnalysis]) -> bytes:
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

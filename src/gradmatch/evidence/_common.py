@@ -23,6 +23,7 @@ from gradmatch.catalog import VERDICTS
 from gradmatch.core import checks
 from gradmatch.core.cpu import keep_freed_memory
 from gradmatch.core.examples import Examples
+from gradmatch.core.picture import png, subplots
 from gradmatch.core.store import read_json, write_bytes, write_json
 
 BUDGETS = ("small", "full")
@@ -327,14 +328,7 @@ def bar_picture(rows: Sequence[Row], metric: str, title: str) -> bytes:
 
     Bars start at 0; where that would hide the differences, the means are points on a shorter axis instead.
     """
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
+    figure, axis = subplots(figsize=(8, 0.9 + 0.3 * len(rows)))
     places, means = np.arange(len(rows))[::-1], [r.mean for r in rows]
     low, high = min(min(r.values) for r in rows), max(max(r.values) for r in rows)
     if low > 0 and high < 3 * low:
@@ -350,10 +344,7 @@ def bar_picture(rows: Sequence[Row], metric: str, title: str) -> bytes:
     axis.set_xlabel(metric, fontsize=9)
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def write_result(result: Result, settings: Settings, seconds: float) -> Path:
@@ -361,8 +352,8 @@ def write_result(result: Result, settings: Settings, seconds: float) -> Path:
     pictures = result.pictures or (
         (f"{result.slug}.png", bar_picture(result.rows, result.metric, result.title)),
     )
-    for name, png in pictures:
-        write_bytes(settings.out / name, png)
+    for name, content in pictures:
+        write_bytes(settings.out / name, content)
     seeds = max(len(r.values) for r in result.rows)
     command = f"gradmatch evidence {result.slug}"
     command += f" --seeds {settings.seeds}" if settings.seeds is not None else ""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gradmatch.adapt import Guidance, calibrate_batch_norm, uniform_map
 from gradmatch.core.networks import build, seeded
+from gradmatch.core.picture import png, subplots
 from gradmatch.datasets import fashion_mnist
 from gradmatch.evidence._common import (
     Gain,
@@ -318,16 +319,7 @@ def _mean(found: Sequence[dict[str, float]]) -> float:
 
 def picture(found: dict[str, list[dict[str, float]]]) -> bytes:
     """Accuracies of the deep net by what guides it, and training against test of the wide one."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right_) = plt.subplots(
-        1, 2, figsize=(12.5, 4.8), layout="constrained", width_ratios=(2.4, 1)
-    )
+    figure, (left, right_) = subplots(1, 2, figsize=(12.5, 4.8), width_ratios=(2.4, 1))
     colours = {"debiased": "#4f7f5b", "shuffled": "#d9a441", "spread": "#d9a441", "guide": "#c8442e"}
     for k, name in enumerate(ARMS):
         values = [100 * f["test"] for f in found[name]]
@@ -352,7 +344,4 @@ def picture(found: dict[str, list[dict[str, float]]]) -> bytes:
     right_.set_title("A wide net on 1,000 images", loc="left", fontsize=11)
     for axis in (left, right_):
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from gradmatch.core.picture import blank, png
 from gradmatch.datasets.fashion_mnist import NAMES
 
 COLOURS = {"real": "#1b7f5c", "50% noise": "#d08a1d", "random": "#b23a48"}
@@ -27,13 +27,8 @@ def picture(
     suspects: list[tuple[Tensor, int, int]],
 ) -> bytes:
     """A PNG: curves above, the ten training images with the lowest class-conditional score below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(12, 6.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 1))  # type: ignore[misc]
+    figure = blank(figsize=(12, 6.6))
+    above, below = figure.subfigures(2, 1, height_ratios=(2.6, 1))
     axes = above.subplots(1, 3)
     _coherences(axes[0], followed, seeds)
     _accuracies(axes[1], trained, seeds)
@@ -42,10 +37,7 @@ def picture(
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     _images(below, suspects)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _band(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
 from gradmatch.analysis import SolutionReport
+from gradmatch.core.picture import blank, png
 from gradmatch.datasets.fashion_mnist import NAMES
 
 COLOURS = {
@@ -33,13 +33,8 @@ LINES = {
 
 def picture(found: dict[str, SolutionReport]) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(13, 7), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))  # type: ignore[misc]
+    figure = blank(figsize=(13, 7))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     panels = above.subplots(1, 3)
     _curves(panels[0], [found["pairs"], found["stopped"]], "pairs of classes")
     _curves(panels[1], [found["permuted"]], "permuted pixels")
@@ -48,10 +43,7 @@ def picture(found: dict[str, SolutionReport]) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     _maps(below, found["pairs"])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _curves(axis: Any, reports: list[SolutionReport], title: str) -> None:

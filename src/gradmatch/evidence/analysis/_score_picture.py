@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
+
+from gradmatch.core.picture import blank, png
 
 INK, KERNEL, MORE, NETWORK, MARK = "#1d2b36", "#2a6f97", "#9cc3e6", "#d1495b", "#edae49"
 Found = dict[tuple[Any, ...], list[dict[str, Any]]]
@@ -13,23 +14,15 @@ Found = dict[tuple[Any, ...], list[dict[str, Any]]]
 
 def picture(found: Found) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))  # type: ignore[misc]
+    figure = blank(figsize=(13, 7.6))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     left, right = above.subfigures(1, 2, width_ratios=(1.15, 2))
     _errors(left.subplots(), found)
     _scatter(right, found["scatter",][0])
     left, right = below.subfigures(1, 2, width_ratios=(1.15, 2))
     _digit_curves(left.subplots(), found["digits",])
     _digits(right, found["digits",][0])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _line(axis: Any, runs: list[dict[str, Any]], key: str, colour: str, label: str) -> None:

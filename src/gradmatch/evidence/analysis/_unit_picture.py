@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 
+from gradmatch.core.picture import blank, png
+
 Runs = dict[str, list[dict[str, Any]]]
 """For each kind of pair what was measured in every seed's."""
 TRAINED = "MLP, decay 3e-3"
@@ -27,14 +29,7 @@ def mean(figures: Sequence[float]) -> float:
 
 def picture(runs: Runs, lambdas: Sequence[float]) -> bytes:
     """Correlations by layer and sorted, and prediction paths; below, first-layer units of A over those of B."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(13.5, 6.4), layout="constrained")
+    figure = blank(figsize=(13.5, 6.4))
     top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(2.1, 1))
     left, middle, right = top.subplots(1, 3)
     _bars(left, runs)
@@ -57,10 +52,7 @@ def picture(runs: Runs, lambdas: Sequence[float]) -> bytes:
         "First-layer weights of matched units, from the best to the worst match (correlation above)",
         fontsize=11,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _bars(axis: Any, runs: Runs) -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Result, Row, Settings, gain, kept, parallel, verdict_of
 from gradmatch.evidence.analysis._spectrum_runs import RUNS
 
@@ -213,24 +214,14 @@ COLOURS = ("#2a6f97", "#d1495b", "#edae49", "#3d8f5f", "#6b4e9b")
 
 def picture(found: Found) -> bytes:
     """Six panels: outliers by classes, before and after training, widths, overlap, quadrature, segments."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
+    figure, axes = subplots(2, 3, figsize=(13, 7.4))
     panels = (_classes, _training, _widths, _overlap, _quadrature, _segments)
     for axis, panel in zip(axes.flat, panels, strict=True):
         panel(axis, found)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7.5, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _label(axis: Any, title: str, x: str, y: str) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from gradmatch.core.ensemble import train_ensemble
 from gradmatch.core.examples import Examples
 from gradmatch.core.pick import Picks, by_class, facility_location, graph_cut, herding
+from gradmatch.core.picture import png, subplots
 from gradmatch.data import DQ, PatchQuantizer, random_selection
 from gradmatch.data._features import penultimate
 from gradmatch.datasets import fashion_mnist
@@ -361,17 +362,8 @@ def _judged(rows: list[Row], cells: Sequence[tuple[str, float, str]]) -> Result:
 
 def _picture(found: dict[str, Row], cells: Sequence[tuple[str, float, str]]) -> bytes:
     """A panel for each data set and ratio: every method's accuracy on the three models."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = list(dict.fromkeys((data, ratio) for data, ratio, _ in cells))
-    figure, axes = plt.subplots(
-        len(panels) // 2, 2, figsize=(10, 1.5 + 1.4 * len(panels)), layout="constrained"
-    )
+    figure, axes = subplots(len(panels) // 2, 2, figsize=(10, 1.5 + 1.4 * len(panels)))
     for axis, (data, ratio) in zip(axes.flat, panels, strict=True):
         for k, method in enumerate(METHODS):
             mine = [found[f"{method}, {data} {ratio:.0%}, {m}"] for m in MODELS]
@@ -391,7 +383,4 @@ def _picture(found: dict[str, Row], cells: Sequence[tuple[str, float, str]]) -> 
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].set_ylabel("test accuracy")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

@@ -6,22 +6,16 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from gradmatch.core.picture import png, subplots
+
 
 def picture(matrices: Mapping[tuple[str, str], Tensor], titles: Mapping[tuple[str, str], str]) -> bytes:
     """A heat map of C for each arm (columns) and setting (rows)."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns, rows = (list(dict.fromkeys(key[k] for key in matrices)) for k in (0, 1))
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         len(rows),
         len(columns),
         figsize=(2.7 * len(columns), 2.75 * len(rows)),
-        layout="constrained",
         squeeze=False,
     )
     shown = None
@@ -48,7 +42,4 @@ def picture(matrices: Mapping[tuple[str, str], Tensor], titles: Mapping[tuple[st
     figure.colorbar(
         shown, ax=axes, shrink=0.5, label="queries found (bold: better than the gallery's own model)"
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from gradmatch.core.path import LinearPath
+from gradmatch.core.picture import blank, png
 from gradmatch.core.sampler import Solver
 from gradmatch.evidence._common import Row
 from gradmatch.evidence.generate import _boss_arms as arms
@@ -27,12 +27,7 @@ COLOURS = {
 
 def picture(rows: Sequence[Row], exact: dict[str, Any], seed: int) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(15, 7), layout="constrained")
+    figure = blank(figsize=(15, 7))
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     _images(parts[0], exact, seed)
     axes = parts[1].subplots(1, 4)
@@ -42,10 +37,7 @@ def picture(rows: Sequence[Row], exact: dict[str, Any], seed: int) -> bytes:
     _curves(axes[2], rows, "trained network: end-point error", every, "trained network, against 100 calls")
     axes[1].get_legend().remove()
     _ring(axes[3], seed)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _images(figure: Any, exact: dict[str, Any], seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradmatch.core.picture import blank, png
 from gradmatch.core.store import load_tensors
 from gradmatch.evidence._common import Row
 from gradmatch.evidence.generate import _difiisr_arms as arms
@@ -29,12 +29,7 @@ METHODS = {
 
 def picture(rows: Sequence[Row], folder: Path) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    figure = blank(figsize=(15, 8.5))
     parts: Any = figure.subfigures(1, 2, width_ratios=(1.5, 1))
     both = parts[0].subfigures(1, 2)
     curves = parts[1].subplots(2, 1)
@@ -48,10 +43,7 @@ def picture(rows: Sequence[Row], folder: Path) -> bytes:
             axes[k].axis("off")
         part.suptitle(data, fontsize=11)
         _spectra(axis, found, rows, data)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _spectra(axis: Any, found: dict[str, torch.Tensor], rows: Sequence[Row], data: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence.generate import _f_arms as arms
 
 COLOURS = {
@@ -23,19 +23,11 @@ NAMES = {
 
 def picture(exact: dict[str, Tensor], samples: dict[str, Tensor]) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(13, 6.2), layout="constrained")
+    figure = blank(figsize=(13, 6.2))
     parts: Any = figure.subfigures(1, 2, width_ratios=(0.9, 1.5))
     _densities(parts[0].subplots(2, 1, sharex=True), exact)
     _clouds(parts[1].subplots(2, 4).flatten(), samples)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _densities(axes: Any, exact: dict[str, Tensor]) -> None:

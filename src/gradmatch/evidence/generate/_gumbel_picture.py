@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from gradmatch.core.path import Prediction
+from gradmatch.core.picture import png, subplots
 from gradmatch.core.sampler import Solver
 from gradmatch.core.simplex import GumbelPath, gumbel_noise
 from gradmatch.evidence._common import Row
@@ -20,13 +20,8 @@ CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
 
 def picture(rows: Sequence[Row], texts: dict[str, list[dict[str, Any]]], budget: Any) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     by = {r.method: r for r in rows}
-    figure, axes = plt.subplots(1, 5, figsize=(18, 4), layout="constrained", width_ratios=[1, 1, 1.2, 1, 1.2])
+    figure, axes = subplots(1, 5, figsize=(18, 4), width_ratios=[1, 1, 1.2, 1, 1.2])
     for axis, signal, title in ((axes[0], None, "published path"), (axes[1], 4.0, "consistent path")):
         _triangle(axis, signal)
         axis.set_title(f"{title}, exact posterior", loc="left", fontsize=10)
@@ -52,10 +47,7 @@ def picture(rows: Sequence[Row], texts: dict[str, list[dict[str, Any]]], budget:
     )
     axes[4].axis("off")
     axes[4].set_title("windows of text", loc="left", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _triangle(axis: Any, signal: float | None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import blank, png
 from gradmatch.core.store import load_tensors
 from gradmatch.evidence._common import Row
 
@@ -29,12 +29,7 @@ STRIPS = (
 
 def picture(folder: Path, rows: Sequence[Row]) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    figure = blank(figsize=(11, 8))
     parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     left, right = parts
     axes = left.subplots(len(STRIPS), 1)
@@ -69,7 +64,4 @@ def picture(folder: Path, rows: Sequence[Row]) -> bytes:
     axis.set_title("equal training time", loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

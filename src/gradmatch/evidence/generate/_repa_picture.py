@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence._common import Row
 
 COLOURS = ("#8a8a8a", "#d9a441", "#c8553d", "#1f6f8b", "#7fb7c9", "#0b3c49")
@@ -16,12 +16,7 @@ COLOURS = ("#8a8a8a", "#d9a441", "#c8553d", "#1f6f8b", "#7fb7c9", "#0b3c49")
 
 def picture(rows: Sequence[Row], samples: dict[str, Tensor]) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
+    figure = blank(figsize=(12, 4.6))
     parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.25))
     for axis, (arm, images) in zip(parts[0].subplots(len(samples), 1), samples.items(), strict=True):
         axis.imshow(torch.cat(list(images[:, 0]), 1), cmap="gray", vmin=-1, vmax=1)
@@ -40,7 +35,4 @@ def picture(rows: Sequence[Row], samples: dict[str, Tensor]) -> bytes:
         axis.set_title(head.replace(" of ", "\nof ", 1), fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

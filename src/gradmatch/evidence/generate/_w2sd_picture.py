@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradmatch.core.picture import blank, png
 from gradmatch.core.store import load_tensors
 from gradmatch.evidence._common import Row
 from gradmatch.evidence.generate import _w2sd_arms as arms
@@ -27,12 +27,7 @@ STRIPS = ("weak, T 50", "strong, T 50", "W2SD, T 25, lambda 12", "W2SD, T 50, la
 
 def picture(rows: Sequence[Row], folder: Path, chosen: dict[int, Any]) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(14, 9), layout="constrained")
+    figure = blank(figsize=(14, 9))
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
     axes = parts[0].subplots(1, 3)
     _densities(axes[0])
@@ -47,10 +42,7 @@ def picture(rows: Sequence[Row], folder: Path, chosen: dict[int, Any]) -> bytes:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _densities(axis: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Result
 from gradmatch.evidence.optim.adahessian import (
     ABLATIONS,
@@ -32,12 +32,7 @@ def rosenbrock(x: Tensor) -> Tensor:
 
 def picture(result: Result, found: Found) -> bytes:
     """Rosenbrock's valley; steps by rate on the quadratic; accuracy by rate in every cell; the ablations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.4), layout="constrained")
+    figure, axes = subplots(2, 3, figsize=(14, 7.4))
     _valley(axes[0, 0])
     _steps(axes[0, 1], result)
     for axis, (data, epochs) in zip((*axes[1, :2], axes[0, 2]), CELLS, strict=True):
@@ -63,10 +58,7 @@ def picture(result: Result, found: Found) -> bytes:
     _ablations(axes[1, 2], result)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _valley(axis: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
 
 from gradmatch.core.bases import basis
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Result
 from gradmatch.evidence.optim.dct_lowrank import (
     ADAMW,
@@ -42,12 +42,7 @@ COLORS = {
 
 def picture(result: Result, found: Found) -> bytes:
     """Energy that columns of the basis keep, errors of projection, losses; the first pixels' columns chosen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.4), layout="constrained", width_ratios=[1, 1, 1.15])
+    figure, axes = subplots(2, 3, figsize=(14, 7.4), width_ratios=[1, 1, 1.15])
     slopes = gradients(0)
     _energy(axes[0, 0], matrix(KINDS[1], 0), f"{KINDS[1]} (smooth projected axis)")
     _energy(axes[1, 0], slopes[GRADIENTS[0]].double(), f"gradient, {GRADIENTS[0]} projected")
@@ -57,10 +52,7 @@ def picture(result: Result, found: Found) -> bytes:
         _losses(axis, result, task, [m for t, m in found if t == task])
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _energy(axis: Any, g: Any, title: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import torch
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Result
 from gradmatch.evidence.optim.diffgrad import (
     ADAM,
@@ -24,12 +24,7 @@ def picture(
     result: Result, friction: list[dict[str, list[float]]], cells: Sequence[tuple[str, int]]
 ) -> bytes:
     """The two functions with their paths; accuracy against rate in every cell; the friction's histogram."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(14, 6.2), layout="constrained")
+    figure, axes = subplots(2, 4, figsize=(14, 6.2))
     colors = {HALF: "#8fb1dd", ADAM: "#4c72b0", OURS: "#c44e52"}
     panels = (
         (axes[0, 0], "F1", ("Adam 0.1", "diffGrad 0.1", "Adam 0.05"), "F1: where 300 steps end"),
@@ -81,7 +76,4 @@ def picture(
     axes[1, 0].legend(fontsize=8)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence._common import Row
 from gradmatch.optim import GBNNClassifier
 
@@ -16,22 +16,14 @@ SHOWN = ("digits", "breast cancer", "Friedman-1")
 
 def picture(rows: Sequence[Row], cells: dict[str, list[dict[str, Any]]]) -> bytes:
     """A PNG of both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
+    figure = blank(figsize=(11, 6.6))
     halves: Any = figure.subfigures(2, 1, height_ratios=(0.9, 1))
     _draw_decisions(halves[0].subplots(1, 5))
     axes = halves[1].subplots(1, 3)
     for axis, name in zip(axes, SHOWN, strict=True):
         _draw_kept(axis, name, rows, cells[name])
     axes[0].legend(fontsize=7, frameon=False, loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_decisions(axes: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import torch
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence.optim import _gns_problems as problems
 from gradmatch.optim._newton_rules import GradientDescent
 from gradmatch.optim._regularised import minimize
@@ -29,12 +29,7 @@ PANELS = (
 
 def picture(runs: dict[tuple[str, str], list[dict[str, Any]]], budget: Any) -> bytes:
     """A PNG; the first seed of every run is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure, axes = subplots(2, 3, figsize=(13, 7))
     for axis, (name, label) in zip(axes.flat, PANELS, strict=False):
         for (problem, method), found in runs.items():
             if problem != name or method not in COLOURS:
@@ -55,10 +50,7 @@ def picture(runs: dict[tuple[str, str], list[dict[str, Any]]], budget: Any) -> b
     for axis in axes.flat:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _valley(axis: Any) -> None:

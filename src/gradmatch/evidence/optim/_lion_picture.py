@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Result
 from gradmatch.evidence.optim.lion import (
     ADAMW,
@@ -27,14 +27,7 @@ def picture(
     seeds: Sequence[int],
 ) -> bytes:
     """Accuracy by batch size; the searches' curves; what is left on other rows; a program found, and simplified."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, 3, figsize=(14, 7.6), layout="constrained", width_ratios=[1, 1.2, 1.1], height_ratios=[1, 1]
-    )
+    figure, axes = subplots(2, 3, figsize=(14, 7.6), width_ratios=[1, 1.2, 1.1], height_ratios=[1, 1])
     colors = {LION: "#c44e52", ADAMW: "#4c72b0"}
     for axis, network in zip(axes[:, 0], NETWORKS, strict=True):
         batches = [b for n, b, _ in CELLS if n == network]
@@ -92,7 +85,4 @@ def picture(
         axis.text(0, 0.98, first[key].rstrip(), family="monospace", fontsize=7.5, va="top")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

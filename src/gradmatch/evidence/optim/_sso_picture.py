@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Row
 
 COLOURS = {
@@ -18,14 +18,9 @@ COLOURS = {
 
 def picture(chosen: dict[Any, Any], rows: Sequence[Row], budget: Any) -> bytes:
     """A PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     from gradmatch.evidence.optim.sso import CELLS, cell_name
 
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.6), layout="constrained")
+    figure, axes = subplots(2, 4, figsize=(15, 6.6))
     spots: list[tuple[Any, str, str, int | None, str, int]] = []
     title = "logistic regression: gap to the optimum"
     spots.append((axes[0, 0], "logistic", "", None, title, budget.logistic_calls[-1]))
@@ -52,10 +47,7 @@ def picture(chosen: dict[Any, Any], rows: Sequence[Row], budget: Any) -> bytes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _equal_time(axis: Any, by: dict[str, Row], batch: int | None, budget: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import png, subplots
 from gradmatch.evidence._common import Row
 
 COLOURS = {"plain": "#8a8a8a", "TrAct 0.1": "#1f6f8b", "TrAct 0.01": "#d9a441", "TrAct 0.001": "#c8553d"}
@@ -17,15 +17,9 @@ def picture(
     rows: Sequence[Row], curves: dict[str, list[dict[float, list[float]]]], arms: Sequence[Any], goal: float
 ) -> bytes:
     """A PNG; ``curves`` has the losses every ten steps by method, seed and rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = list(dict.fromkeys((a.net, a.optimizer) for a in arms if a.inputs == "contrast"))
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         1, 1 + len(panels), figsize=(3.4 + 2.3 * len(panels), 3.6), width_ratios=[1.6, *[1] * len(panels)],
-        layout="constrained",
     )  # fmt: skip
     _losses(axes[0], curves, goal)
     by = {r.method: r for r in rows}
@@ -48,10 +42,7 @@ def picture(
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _losses(axis: Any, curves: dict[str, list[dict[float, list[float]]]], goal: float) -> None:

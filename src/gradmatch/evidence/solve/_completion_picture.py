@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence._common import Row
 from gradmatch.evidence.solve._completion_baselines import hide
 from gradmatch.solve import MatrixCompletion
@@ -29,12 +29,7 @@ def picture(
     photograph: np.ndarray,
 ) -> bytes:
     """The photograph before and after, and below it errors, samples and seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
+    figure = blank(figsize=(11, 7))
     halves: Any = figure.subfigures(2, 1, height_ratios=(0.95, 1))
     top, bottom = halves
     _draw_photographs(top.subplots(1, 4), photograph)
@@ -57,10 +52,7 @@ def picture(
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_size(10)
         axis.legend(fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_photographs(axes: Any, M: np.ndarray) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence._common import Row
 
 COLOURS = {
@@ -20,12 +20,7 @@ COLOURS = {
 
 def picture(rows: Sequence[Row], sizes: Sequence[int], fields: dict[str, Any]) -> bytes:
     """A PNG of both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 7.2), layout="constrained")
+    figure = blank(figsize=(11, 7.2))
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     _draw_fields(halves[0].subplots(1, 4), fields)
     axes = halves[1].subplots(1, 3)
@@ -46,10 +41,7 @@ def picture(rows: Sequence[Row], sizes: Sequence[int], fields: dict[str, Any]) -
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_size(10)
         axis.legend(fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_fields(axes: Any, fields: dict[str, Any]) -> None:

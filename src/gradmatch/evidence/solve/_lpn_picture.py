@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gradmatch.core.picture import blank, png
 from gradmatch.evidence.solve import _lpn_toys as toys
 
 COLOURS = {"squares": "#9aa5ad", "absolute": "#c9a227", "gamma 0.1": "#1f6f8b"}
@@ -17,12 +17,7 @@ COLUMNS = ("measured", "classical", "total variation", "plain denoiser", "LPN", 
 
 def picture(known: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> bytes:
     """A PNG of both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(12, 9), layout="constrained")
+    figure = blank(figsize=(12, 9))
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     axes = parts[0].subplots(1, 4)
     _draw_known(axes, known)
@@ -30,10 +25,7 @@ def picture(known: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) ->
     halves = parts[1].subfigures(1, 2)
     for half, task in zip(halves, ("deblurring", "filling in"), strict=True):
         _draw_images(half, task, shown[0])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_known(axes: Any, known: Sequence[dict[str, Any]]) -> None:

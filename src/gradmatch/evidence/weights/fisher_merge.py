@@ -16,7 +16,6 @@ D. 10 images of each digit (scikit-learn) as the target task; donor: 900 other d
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from gradmatch.core.examples import Examples
 from gradmatch.core.networks import build
+from gradmatch.core.picture import png, subplots
 from gradmatch.datasets import digits, fashion_mnist
 from gradmatch.evidence._common import (
     Gain,
@@ -406,12 +406,7 @@ COLORS = {
 
 def picture(found: dict[str, Row], curves: dict[str, Any]) -> bytes:
     """Left: all seeds at each skew. Right: the trade along lambda of the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right_) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1.5, 1))
+    figure, (left, right_) = subplots(1, 2, figsize=(12, 5), width_ratios=(1.5, 1))
     for a, alpha in enumerate(ALPHAS):
         for k, method in enumerate(METHODS):
             row, at = found[f"{method}, alpha {alpha:g}"], a + 0.11 * (k - 3)
@@ -436,7 +431,4 @@ def picture(found: dict[str, Row], curves: dict[str, Any]) -> bytes:
     right_.legend(fontsize=8, title="circle: lambda by held-out images", title_fontsize=8)
     for axis in (left, right_):
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmatch.core.networks import build
+from gradmatch.core.picture import blank, png
 from gradmatch.datasets import digits
 from gradmatch.evidence._common import Gain, Result, Row, Settings, gain, kept, parallel, verdict_of
 from gradmatch.weights._supernet_training import Recipe
@@ -241,15 +242,8 @@ def picture(
     truth: Sequence[float], searches: Sequence[dict[str, Any]], values: dict[str, dict[str, list[float]]]
 ) -> bytes:
     """Supernet against truth for one seed, the distances behind its first split, and tau by method."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     first, space = searches[0], CellSpace()
-    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    figure = blank(figsize=(13, 7.6))
     top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(1.5, 1))
     axes = top.subplots(1, 3, width_ratios=(1, 1, 1.15))
     for axis, method in zip(axes[:2], ("one-shot", GM), strict=True):
@@ -278,7 +272,4 @@ def picture(
     bottom.suptitle("Distances of gradients behind the first split (seed 0)", fontsize=11, x=0.01, ha="left")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

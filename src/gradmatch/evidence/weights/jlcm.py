@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gradmatch.core.examples import Examples
 from gradmatch.core.networks import build
+from gradmatch.core.picture import blank, png
 from gradmatch.datasets import fashion_mnist
 from gradmatch.evidence._common import (
     Gain,
@@ -306,19 +307,14 @@ def _cost(values: Any, arm: str, net: str, bits: int) -> str:
 
 def picture(by_net: dict[str, list[dict[str, Any]]]) -> bytes:
     """First-layer weights at 2 bits as images; error of the logits against accuracy lost, for every arm."""
-    import io
+    from matplotlib import colormaps
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(13, 8.4), layout="constrained")
-    top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(1, 1.25))
+    figure = blank(figsize=(13, 8.4))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     _neurons(top, by_net["MLP"][0])
     axes = bottom.subplots(1, len(NETS) * len(BITS))
     cells = [(net, bits) for net in NETS for bits in BITS]
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours: Any = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for axis, (net, bits) in zip(axes, cells, strict=True):
         for k, arm in enumerate(ARMS):
             found = [f["arms"][f"{arm}, {bits} bits"] for f in by_net[net]]
@@ -345,10 +341,7 @@ def picture(by_net: dict[str, list[dict[str, Any]]]) -> bytes:
     axes[0].set_ylabel("points of test accuracy lost")
     handles, labels = axes[0].get_legend_handles_labels()
     bottom.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _neurons(figure: Any, found: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ number, the other splits as the base does.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmatch.core.networks import seeded
+from gradmatch.core.picture import png, subplots
 from gradmatch.datasets import pydoc_text
 from gradmatch.evidence._common import Gain, Result, Row, Settings, gain, kept, parallel, verdict_of
 from gradmatch.weights import transplant
@@ -414,14 +414,7 @@ def picture(
     found: dict[str, Row], shown: Sequence[dict[str, dict[str, float]]], digits: Sequence[dict[str, float]]
 ) -> bytes:
     """Left: bits per byte of every way. Middle: what k does. Right: sums."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(15, 6), layout="constrained", width_ratios=(1.5, 1, 1)
-    )
+    figure, (left, middle, right) = subplots(1, 3, figsize=(15, 6), width_ratios=(1.5, 1, 1))
     colors = {SIZES[0]: "#5b8db8", SIZES[1]: "#c8442e"}
     order = sorted(WAYS, key=lambda w: -found[f"{w}, base of {SIZES[0]:,}"].mean)
     for size, color in colors.items():
@@ -466,7 +459,4 @@ def picture(
     right.legend(fontsize=8)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

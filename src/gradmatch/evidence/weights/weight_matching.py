@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from gradmatch.core.assign import Permutation, PermutationSpec, singular
 from gradmatch.core.examples import Examples
 from gradmatch.core.networks import seeded
+from gradmatch.core.picture import blank, png
 from gradmatch.core.problem import Problem
 from gradmatch.core.segment import Segment, segment
 from gradmatch.datasets import fashion_mnist
@@ -412,14 +413,7 @@ def _judged(rows: list[Row], parts: Parts) -> Result:
 
 def _picture(parts: Parts) -> bytes:
     """The loss along both kinds of paths, and the leading singular directions before and after matching."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 8.2), layout="constrained")
+    figure = blank(figsize=(11, 8.2))
     top, bottom = cast(Any, figure).subfigures(2, 1, height_ratios=(1, 1.15))
     paths = {m: [p[m]["path"] for p in parts["triple"]] for m in METHODS}
     convs = {m: [p[m] for p in parts["convs"]] for m in CONVS}
@@ -449,10 +443,7 @@ def _picture(parts: Parts) -> bytes:
         axis.set_xticks([])
         axis.set_yticks([])
     bottom.colorbar(shown, ax=axes, shrink=0.8, label="|u . u'| |v . v'|")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 COLORS = {
