@@ -481,6 +481,13 @@ def test_a_search_named_beside_a_recipe_counts() -> None:
     assert FewShotNAS(SPACE, [], search="darts", recipe=recipe).recipe == Recipe(lr=0.1, search="darts")
     assert FewShotNAS(SPACE, [], recipe=recipe).recipe == recipe
     assert FewShotNAS(SPACE, []).recipe.search == "rsps"
+    for search, decay in (("rsps", 1e-4), ("darts", 5e-4), ("snas", 5e-4)):  # as published for NAS-Bench-201
+        chosen = FewShotNAS(SPACE, [], search=search).recipe
+        trainee = Trainee(SPACE, build(SPACE.supernet, 0), full_encoding(SPACE), chosen, 2)
+        assert trainee.optimizer.param_groups[0]["weight_decay"] == decay
+    assert Recipe(weight_decay=0.0).decay == 0
+    with pytest.raises(InputError, match="weight_decay is -1"):
+        Recipe(weight_decay=-1)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Recipe:
     Attributes:
         search: one of ``SEARCHES``.
         lr, lr_min: at the start and the end of a cosine over the epochs.
-        momentum, weight_decay, clip: of SGD with Nesterov's momentum; largest norm of a gradient.
+        momentum, weight_decay, clip: of SGD with Nesterov's momentum (default decay 1e-4 for "rsps", 5e-4 for others);
+            largest norm of a gradient.
         alpha_lr, alpha_decay: of Adam (betas 0.5, 0.999) on alpha.
     """
 
@@ -47,7 +48,7 @@ class Recipe:
     lr: float = 0.025
     lr_min: float = 0.001
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float | None = None
     clip: float = 5.0
     alpha_lr: float = 3e-4
     alpha_decay: float = 1e-3
@@ -55,9 +56,15 @@ class Recipe:
     def __post_init__(self) -> None:
         checks.one_of("search", self.search, SEARCHES)
         checks.positive("lr", self.lr)
-        for name in ("lr_min", "momentum", "weight_decay", "alpha_lr", "alpha_decay"):
-            checks.nonnegative(name, getattr(self, name))
+        for name in ("lr_min", "momentum", "decay", "alpha_lr", "alpha_decay"):
+            checks.nonnegative({"decay": "weight_decay"}.get(name, name), getattr(self, name))
         checks.positive("clip", self.clip)
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in force."""
+        published = 1e-4 if self.search == "rsps" else 5e-4
+        return published if self.weight_decay is None else self.weight_decay
 
 
 class Trainee:
@@ -86,7 +93,7 @@ class Trainee:
         start = torch.zeros(encoding.shape) if alpha is None else alpha.detach().clone()
         self.alpha = nn.Parameter(start.to(device))
         self.optimizer = torch.optim.SGD(
-            net.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+            net.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.decay,
             nesterov=recipe.momentum > 0,
         )  # fmt: skip
         self.alpha_optimizer = torch.optim.Adam(
