@@ -396,6 +396,11 @@ def test_only_the_first_examples_are_used_of_any_data() -> None:
     )
     torch.testing.assert_close(by_call["weight"], expected["weight"])
     assert list(by_call) == ["weight", "bias"]
+    tables = pytest.importorskip("datasets")
+    table = tables.Dataset.from_dict({"input": x.tolist(), "labels": y.tolist()})
+    found = fisher_diagonal(net.float(), table, n_examples=10, batch_size=4)
+    torch.testing.assert_close(found["weight"].double(), expected["weight"], rtol=1e-4, atol=1e-6)
+    net.double()
     shuffled = DataLoader(TensorDataset(x, y), batch_size=40, shuffle=True)
     torch.testing.assert_close(
         fisher_diagonal(net, shuffled)["weight"], fisher_diagonal(net, (x, y))["weight"]
@@ -408,6 +413,38 @@ def test_parameters_are_chosen_by_pattern_names_or_function() -> None:
         assert list(fisher_diagonal(net, (x, torch.zeros(40)), params=params)) == ["weight"]
     with pytest.raises(InputError, match="params chooses none"):
         fisher_diagonal(net, (x, torch.zeros(40)), params="nothing")
+
+
+class Own(nn.Module):
+    """A layer of no known kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(randn(4, 3)), nn.Parameter(randn(3, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("make", [Own, lambda: OwnLinear(4, 3).double()])
+def test_layers_of_no_known_kind(make, wrapped) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(make(), nn.Tanh()) if wrapped else make()
+    x = randn(9, 4, seed=2)
+    found = fisher_diagonal(net, x, batch_size=4)
+    for name, p in net.named_parameters():
+        wanted = torch.zeros_like(p)
+        for row in x:
+            logs = torch.log_softmax(net(row[None])[0], 0)
+            for log in logs:
+                wanted += log.detach().exp() * torch.autograd.grad(log, p, retain_graph=True)[0] ** 2 / len(x)
+        torch.testing.assert_close(found[name], wanted)
 
 
 def test_what_has_no_fisher_is_refused() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gradmatch.core.checks import InputError, finite, require, whole
 
-__all__ = ["Batch", "OrderedData"]
+__all__ = ["Batch", "OrderedData", "examples_of"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
     )
 
 
+def examples_of(source: Any) -> Dataset[Any] | None:
+    """A map-style data set of single examples, if the source is one; columns of a Hugging Face table as tensors."""
+    if isinstance(source, Dataset) and hasattr(source, "__len__"):
+        return source
+    if hasattr(source, "column_names") and hasattr(source, "with_format") and hasattr(source, "__len__"):
+        table: Any = source.with_format("torch") if source.format["type"] is None else source
+        return cast("Dataset[Any]", table)
+    return None
+
+
 class OrderedData:
     """A source of examples, walked in the same order each time.
 
@@ -144,8 +154,8 @@ class OrderedData:
             source = tuple(source)
         if isinstance(source, (tuple, Mapping)):
             self._whole = _pair(source)
-        elif isinstance(source, Dataset) and hasattr(source, "__len__"):
-            return DataLoader(source, batch_size=self.batch_size, shuffle=False)
+        elif (examples := examples_of(source)) is not None:
+            return DataLoader(examples, batch_size=self.batch_size, shuffle=False)
         else:
             require(
                 hasattr(source, "__iter__") and not hasattr(source, "__next__"),

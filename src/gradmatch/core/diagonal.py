@@ -114,7 +114,7 @@ class _Reader:
             self.fitting = 2**30  # products take as many at once as fit
             return
         vectors, uses, deltas = self._read(batch)
-        self.layerwise = self._agrees(batch, vectors, uses, deltas)
+        self.layerwise = bool(uses) and self._agrees(batch, vectors, uses, deltas)
         self.readable = frozenset(uses)
         each = sum(d[:, :1].numel() for d in deltas.values())
         # what was read off one example says nothing of layers whose first axis is something else

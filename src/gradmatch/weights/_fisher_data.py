@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from gradmatch.core import checks
-from gradmatch.core._batches import Batch
+from gradmatch.core._batches import Batch, examples_of
 from gradmatch.core.diagonal import softmax_factor
 
 MOST_PASSES = 4096
@@ -29,10 +29,10 @@ class First:
             data = (data.x, data.y)
         if isinstance(data, Tensor | tuple | Mapping):
             data = _Slices(data, checks.whole("batch_size", batch_size))
-        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
-            most = min(count, len(data))
+        elif (examples := examples_of(data)) is not None:
+            most = min(count, len(examples))  # type: ignore[arg-type]
             checks.require(most > 0, "data is empty; at least one example is needed.")
-            data = DataLoader(Subset(data, range(most)), batch_size=batch_size)
+            data = DataLoader(Subset(examples, range(most)), batch_size=batch_size)
         checks.require(
             hasattr(data, "__iter__") and not hasattr(data, "__next__"),
             f"data is {type(data).__name__}; it must be tensors, a Dataset, or batches that can be walked again.",
