@@ -54,6 +54,19 @@ def test_shuffling_loader_warns_and_is_read_once():
         as_examples(DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True))
 
 
+def test_lists_of_numbers_have_the_usual_precision():
+    assert as_examples([([0.5, 1.0], 0), ([2.0, 3.0], 1)]).x.dtype == torch.float32
+    assert as_examples((np.zeros((2, 2)), [0, 1])).x.dtype == torch.float64
+
+
+def test_colours_of_a_palette_are_read_not_their_numbers():
+    Image = pytest.importorskip("PIL.Image")
+    plain = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    found = as_examples([(plain.quantize(16), 0), (plain.quantize(16), 1)])
+    assert found.x.shape == (2, 3, 4, 4)
+    assert float((found.x[0] * 255 - torch.from_numpy(np.array(plain)).permute(2, 0, 1)).abs().max()) < 20
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
@@ -65,6 +78,9 @@ def test_shuffling_loader_warns_and_is_read_once():
         (3, "dataset is a int"),
         ([{"picture": 1}], "needs an image column"),
         ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 1)], "one shape"),
+        ((X.numpy(), np.array(["shoe", "bag"] * 3)), "labels holds str_ values; it must hold numbers"),
+        ([(X[0], None), (X[1], None)], "labels holds NoneType values"),
+        ([([0.0, [1.0]], 0), ([2.0, 3.0], 1)], "inputs cannot be made an array"),
     ],
 )
 def test_refusals(source, words):

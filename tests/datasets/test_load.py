@@ -61,6 +61,21 @@ def test_sizes_are_brought_to_one_only_when_asked(tmp_path):
     assert load(tmp_path, size=8).shape == (1, 8, 8)
 
 
+def test_deep_pictures_are_scaled_and_not_cut_off(tmp_path):
+    levels = np.array([[0, 255], [256, 65535]], dtype=np.uint16)
+    for name, array, ending in (("a", levels, "png"), ("b", (levels / 65535).astype(np.float32), "tif")):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.fromarray(array).save(tmp_path / name / f"{k}.{ending}")
+    wanted = torch.from_numpy(levels / 65535).float()
+    for x in load(tmp_path).train.x:
+        assert torch.allclose(x[0], wanted, atol=1e-7)
+    assert load(tmp_path, size=3).train.x.max() <= 1
+    Image.fromarray(np.full((2, 2), 300.0, dtype=np.float32)).save(tmp_path / "b" / "0.tif")
+    with pytest.raises(InputError, match="levels outside"):
+        load(tmp_path)
+
+
 def test_hostile_and_missing_files_are_refused(tmp_path):
     for name in ("a", "b"):
         picture(tmp_path / "set" / name / "0.png")

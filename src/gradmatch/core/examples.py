@@ -69,7 +69,7 @@ def as_examples(source: Any, classes: int | None = None, *, name: str = "dataset
         checks.labels(f"{name} labels", source.y, classes or source.classes)
         return source
     if isinstance(source, tuple | list) and len(source) == 2 and hasattr(source[0], "shape"):
-        x, y = _tensor(source[0]), _tensor(source[1])
+        x, y = as_tensor(f"{name} inputs", source[0]), as_tensor(f"{name} labels", source[1])
     elif isinstance(source, DataLoader) or (isinstance(source, Iterable) and not _is_map_style(source)):
         x, y = _read_batches(source, name)
     elif _is_map_style(source):
@@ -90,13 +90,25 @@ def _is_map_style(source: Any) -> bool:
     return isinstance(source, Dataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
 
 
-def _tensor(value: Any) -> Tensor:
+def as_tensor(name: str, value: Any) -> Tensor:
+    """An array, number, list of numbers or PIL image (c, h, w) as a tensor; names and objects are refused."""
     if isinstance(value, Tensor):
         return value.detach()
     if hasattr(value, "convert") and hasattr(value, "getbands"):  # a PIL image
+        if value.mode in ("P", "PA"):  # numbers of colours are no intensities
+            value = value.convert("RGB")
         array = np.array(value)
         return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-    return torch.from_numpy(np.array(value))
+    try:
+        array = np.array(value)
+    except ValueError as error:  # rows of unequal length
+        raise checks.InputError(f"{name} cannot be made an array: {error}.") from error
+    if array.dtype.kind not in "biuf":
+        example = array.flat[0] if array.size else value
+        checks.refuse(f"{name} holds {type(example).__name__} values; it must hold numbers.")
+    if array.dtype == np.float64 and not hasattr(value, "dtype"):
+        array = array.astype(np.float32)  # Python numbers, which have no precision of their own
+    return torch.from_numpy(array)
 
 
 def _as_float(x: Tensor) -> Tensor:
@@ -122,8 +134,8 @@ def _split_row(row: Any, name: str) -> tuple[Any, Any]:
 def _read_rows(source: Any, name: str) -> tuple[Tensor, Tensor]:
     checks.require(len(source) > 0, f"{name} is empty; at least one example is needed.")
     rows = [_split_row(source[i], name) for i in range(len(source))]
-    xs = [_tensor(x) for x, _ in rows]
-    return _stack(xs, name), torch.stack([_tensor(y) for _, y in rows])
+    xs = [as_tensor(f"{name} inputs", x) for x, _ in rows]
+    return _stack(xs, name), torch.stack([as_tensor(f"{name} labels", y) for _, y in rows])
 
 
 def _read_batches(source: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
@@ -134,7 +146,8 @@ def _read_batches(source: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
         )
     batches = [_split_row(batch, name) for batch in source]
     checks.require(len(batches) > 0, f"{name} is empty; at least one example is needed.")
-    return torch.cat([_tensor(x) for x, _ in batches]), torch.cat([_tensor(y).flatten() for _, y in batches])
+    xs = torch.cat([as_tensor(f"{name} inputs", x) for x, _ in batches])
+    return xs, torch.cat([as_tensor(f"{name} labels", y).flatten() for _, y in batches])
 
 
 def _stack(xs: list[Tensor], name: str) -> Tensor:

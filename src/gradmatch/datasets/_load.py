@@ -111,7 +111,7 @@ def load(source: str | Path, *, size: int | None = None, seed: int = 0) -> Split
 
 
 def folder(path: str | Path, *, size: int | None = None, seed: int = 0) -> Split:
-    """Images in class folders, as (n, c, h, w) float32 in [0, 1]; classes in alphabetical order.
+    """Images of 8 or 16 bits in class folders, as (n, c, h, w) float32 in [0, 1]; classes in alphabetical order.
 
     ``path`` has a folder for each class, or ``train`` and ``test`` (or ``val``) folders that do.
 
@@ -169,13 +169,20 @@ def _read_image(path: Path, size: int | None) -> Tensor:
                 image.width * image.height <= MOST_PIXELS,
                 f"{path} has {image.width}x{image.height} pixels; at most {MOST_PIXELS} are read.",
             )
-            plain = image.convert("L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+            deep = image.mode == "F" or image.mode.startswith("I")  # convert("L") would cut these off at 255
+            plain = image.convert("F" if deep else "L" if image.mode in ("1", "L") else "RGB")
             if size is not None:
                 plain = plain.resize((size, size), Image.Resampling.BILINEAR)
             array = np.array(plain)
+            full = 255.0 if not deep else 1.0 if image.mode == "F" else 65535.0
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise checks.InputError(f"{path} is not a readable image: {error}.") from error
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()).float() / 255
+    x = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()).float() / full
+    checks.require(
+        bool((x >= 0).all() and (x <= 1).all()),
+        f"{path} holds levels outside 0..{full:g}; images of 8 or 16 bits, or floats in [0, 1], are read.",
+    )
+    return x
 
 
 def arrays(path: str | Path, *, seed: int = 0) -> Split:
