@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gradmatch.core.checks import InputError
+from gradmatch.data import DCC, TESLA
 from gradmatch.data._common import (
     FILE,
     Distiller,
@@ -213,6 +214,29 @@ def test_evaluator_equals_a_plain_loop():
     ensemble = train_ensemble(network, (subset.standardised(), subset.labels), 1, epochs=6, lr=0.05, seed=4)
     logits = ensemble.modules()[0](standardise(x_test, subset.mean, subset.std))
     assert got.accuracies[0] == pytest.approx(float((logits.argmax(1) == y_test).float().mean()))
+
+
+def test_networks_follow_float64_data():
+    """As float64 is what NumPy and scikit-learn give; a factory's own networks are in float32."""
+    for made in (network, network()):
+        for method in (DCC(per_class=1, steps=3, inner_loop=2, net_epochs=1), _matcher()):
+            found = method.distill((X.double().numpy(), Y.numpy()), made)
+            assert found.images.dtype == torch.float64
+    assert evaluate(found, network, (X, Y), networks=1, epochs=2).accuracies
+
+
+def test_experts_and_images_read_an_iterator_once():
+    batches = ((X[i : i + 7], Y[i : i + 7]) for i in range(0, 30, 7))
+    assert torch.equal(
+        _matcher().distill(batches, network).images, _matcher().distill((X, Y), network).images
+    )
+
+
+def _matcher():
+    experts = {"n_experts": 1, "epochs": 2, "batch_size": 8, "lr": 0.1}
+    return TESLA(
+        per_class=1, steps=2, syn_steps=2, expert_epochs=1, max_start_epoch=2, lr_syn=0.1, experts=experts
+    )
 
 
 def test_learned_rate_is_used_and_soft_labels_train():

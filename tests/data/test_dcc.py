@@ -397,6 +397,31 @@ def test_a_users_residual_network_and_loader() -> None:
         assert images.meta["method"] == "dcc"
 
 
+class _Partly(nn.Module):
+    """A frozen first layer, and one that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.spare = nn.Conv2d(1, 4, 3).requires_grad_(False), nn.Linear(2, 2)
+        self.head = nn.Linear(64, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x)).flatten(1))
+
+
+def test_frozen_layers_are_neither_matched_nor_trained_and_spare_ones_do_no_harm() -> None:
+    learner, params, buffers = _held(_Partly)
+    data = _data()
+    assert learner.matched == ("spare.weight", "head.weight")
+    spare, head = learner.gradient(params, buffers, data.x, data.y)
+    assert not spare.any()
+    assert head.any()
+    after = learner.train(params, buffers, iter([(data.x, data.y)]), 0.1, 0)
+    moved = [k for k in params if not torch.equal(after[k], params[k])]
+    assert moved == ["head.weight", "head.bias"]
+    condense(data, 1, _Partly, steps=3, inner_loop=2, net_epochs=1)
+
+
 # --- runs ----------------------------------------------------------------------------------------------------
 
 

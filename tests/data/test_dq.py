@@ -363,6 +363,14 @@ def test_device_and_where_results_live(network, data) -> None:
         DQ(n_bins=4, ratio=0.2, device="nowhere").select(data)
 
 
+def test_float64_data_go_through_a_float32_network(network, data) -> None:
+    x, y = data
+    expected = DQ(n_bins=4, ratio=0.2).select(data, network).indices
+    assert torch.equal(DQ(n_bins=4, ratio=0.2).select((x.double(), y), network).indices, expected)
+    masks = [PatchQuantizer(network, patch=2)(part)[1] for part in (x, x.double())]
+    assert torch.equal(*masks)
+
+
 def test_takes_a_hugging_face_data_set(data) -> None:
     datasets = pytest.importorskip("datasets")
     x, y = data
@@ -414,6 +422,16 @@ def rows_with(value: float, *where: int) -> Tensor:
         (
             lambda: quantize(randn(20, 3), n_bins=2, balance=False, network=nn.Linear(3, 2)),
             "features='gradient' needs the class",
+        ),
+        (
+            lambda: quantize(
+                randn(20, 3), torch.arange(20) % 4, n_bins=2, ratio=0.4, network=nn.Linear(3, 2)
+            ),
+            "network has 2 outputs; it must have one for each of 4 classes",
+        ),
+        (
+            lambda: quantize(randn(20, 3), ["a", "b"] * 10, n_bins=2),
+            "labels holds str_ values",
         ),
         (
             lambda: random_selection((randn(20, 3), torch.arange(20) % 2), 0.01),

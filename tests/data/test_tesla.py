@@ -225,6 +225,17 @@ def test_twice_the_released_pixel_gradient_and_the_rate_that_makes_up_for_it() -
     assert PRESETS["cifar10-1"]["lr_img"] == 500
 
 
+@pytest.mark.parametrize("mode", ["exact", "full", "tesla"])
+def test_the_student_leaves_frozen_layers_alone_as_the_experts_did(mode: str) -> None:
+    net, theta0, target, images, labels, index = _problem(3)
+    net[0].requires_grad_(False)
+    batches = [(images[i], labels[i]) for i in index]
+    found = trajectory_grad(net, theta0, target, batches, 0.5, mode)
+    start = dict(zip(dict(net.named_parameters()), net.parameters(), strict=True))
+    unmoved = [k for k, p in start.items() if torch.equal(found.theta[k], p)]
+    assert unmoved == ["0.weight", "0.bias"]
+
+
 def test_refusals() -> None:
     net, theta0, target, images, labels, _ = _problem()
     batches = [(images, labels)]

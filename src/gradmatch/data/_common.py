@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gradmatch.core import checks
@@ -250,7 +251,7 @@ def evaluate(
     began = time.perf_counter()
     held = as_examples(test, name="test")
     x_test = standardise(held.x.to(synthetic.images.dtype), synthetic.mean, synthetic.std)
-    width = output_width(build(network, seed), synthetic.images[:1])
+    width = output_width(build(network, seed).to(synthetic.images.dtype), synthetic.images[:1])
     checks.require(
         width == synthetic.classes,
         f"network has {width} outputs; it must have one for each of {synthetic.classes} classes.",
@@ -426,7 +427,8 @@ class Distiller(ABC):
         """Check and prepare the data: in memory, standardised, on the device, with the initial synthetic set."""
         real = as_examples(dataset)
         device = torch.device(self.device) if self.device is not None else real.x.device
-        width = output_width(build(network, self.seed), real.x[:1].cpu())
+        module = build(network, self.seed).to(real.x.dtype)
+        width = output_width(module, real.x[:1].cpu())
         checks.require(
             width == real.classes,
             f"network has {width} outputs; it must have one for each of {real.classes} classes.",
@@ -435,7 +437,8 @@ class Distiller(ABC):
         real = replace(real, x=standardise(real.x, mean, std)).to(device)
         labels = torch.arange(real.classes, device=device).repeat_interleave(self.per_class)
         images = self._initial(real, mean, std, init).to(device)
-        return Job(real, network, images, labels, mean, std, device)
+        precise = network if real.x.dtype == torch.float32 else _in_double(network)
+        return Job(real, precise, images, labels, mean, std, device)
 
     def _initial(
         self, real: Examples, mean: Any, std: Any, init: SyntheticDataset | str | Path | None
@@ -464,6 +467,11 @@ class Distiller(ABC):
             job.std,
             self.describe(),
         )
+
+
+def _in_double(network: Network) -> Network:
+    """The same networks in the precision of float64 data."""
+    return copy.deepcopy(network).double() if isinstance(network, nn.Module) else lambda: network().double()
 
 
 def _start_from(given: SyntheticDataset, real: Examples, per_class: int, mean: Any, std: Any) -> Tensor:

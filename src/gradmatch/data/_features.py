@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gradmatch.core import checks
 from gradmatch.core.kernel import KernelName, Kind
-from gradmatch.core.tap import capture, evaluating, last_of
+from gradmatch.core.tap import capture, evaluating, fitted, last_of
 
 PCA_WIDTH = 50
 GRAM_BYTES = 2**29
@@ -54,11 +54,10 @@ def penultimate(
         InputError: no linear layer, or one whose outputs are not the network's.
     """
     name = head if head is not None else last_of(network, nn.Linear)
-    device = next((p.device for p in network.parameters()), x.device)
     inner, outer = [], []
     with evaluating(network), capture(network, name, side="input") as ins, capture(network, name) as outs:
         for part in torch.split(x, batch_size):
-            logits = network(part.to(device))
+            logits = network(fitted(network, part))
             h = ins.get(name)
             checks.require(
                 h is not None

@@ -62,7 +62,10 @@ class _Student:
         for i in range(steps):
             params = {k: p.detach().requires_grad_() for k, p in self.space.unflatten(theta).items()}
             loss = inner.loss(params, i, {"images": self.images}, self.labels)
-            theta = theta - self.lr * self.space.flatten(torch.autograd.grad(loss, list(params.values())))
+            grads = torch.autograd.grad(
+                loss, list(params.values()), allow_unused=True, materialize_grads=True
+            )
+            theta = theta - self.lr * self.space.flatten(grads)
         return checks.finite("the student's parameters", theta)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ class Learner:
 
     Attributes:
         module: gives the computation; its own tensors are neither read nor changed.
-        matched: names of the parameters whose gradients are compared.
+        matched: names of the parameters whose gradients are compared; frozen ones are not.
         distance: how, see :func:`gradmatch.core.distance.gradient_distance`.
     """
 
@@ -49,7 +49,8 @@ class Learner:
         Raises:
             InputError: no parameter is left, or a layer normalises by the batch and keeps no statistics to freeze.
         """
-        names = tuple(k for k, p in module.named_parameters() if distance != "filter_cosine" or p.ndim >= 2)
+        free = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
+        names = tuple(k for k, p in free if distance != "filter_cosine" or p.ndim >= 2)
         checks.require(bool(names), f"network has no parameter that the distance {distance!r} compares.")
         loose = [k for k, m in module.named_modules() if _is_batch_norm(m) and not m.track_running_stats]
         checks.require(
@@ -75,7 +76,11 @@ class Learner:
         else:
             loss = (F.cross_entropy(logits, y, reduction="none") * weight).sum()
         wanted = [live[k] for k in self.matched]
-        return list(torch.autograd.grad(loss, wanted, create_graph=x.requires_grad))
+        return list(
+            torch.autograd.grad(
+                loss, wanted, create_graph=x.requires_grad, allow_unused=True, materialize_grads=True
+            )
+        )
 
     def real_gradient(
         self, params: Tensors, buffers: Tensors, batches: Sequence[Tensor], classes: Sequence[int]
@@ -146,15 +151,16 @@ class Learner:
         lr: float,
         seed: int,
     ) -> Tensors:
-        """The parameters after an SGD step on each batch, in train mode; running statistics stay as they are."""
+        """The parameters after an SGD step on each batch, in train mode; running statistics stay, frozen layers too."""
         self.module.train()
         scratch = {k: b.clone() for k, b in buffers.items()}  # train mode writes statistics: into a copy
-        live = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
-        tensors = list(live.values())
+        free = {k for k, p in self.module.named_parameters() if p.requires_grad}
+        live = {k: p.detach().clone().requires_grad_(k in free) for k, p in params.items()}
+        tensors = [p for p in live.values() if p.requires_grad]
         with _dropout_seeded(self.module, seed):
             for x, y in batches:
                 loss = F.cross_entropy(functional_call(self.module, live | scratch, (x,)), y)
-                grads = torch.autograd.grad(loss, tensors)
+                grads = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
                 with torch.no_grad():
                     torch._foreach_add_(tensors, grads, alpha=-lr)
         return {k: p.detach() for k, p in live.items()}

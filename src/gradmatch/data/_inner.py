@@ -181,5 +181,12 @@ def trajectory_grad(
 
 
 def caller(module: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """``module`` as a function of named parameters."""
-    return lambda params, x: functional_call(module, params, (x,))
+    """``module`` as a function of named parameters, in which its frozen ones are constants, as for the experts."""
+    frozen = [k for k, p in module.named_parameters() if not p.requires_grad]
+
+    def call(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        held = {k: params[k].detach() for k in frozen}
+        out: Tensor = functional_call(module, {**params, **held}, (x,))
+        return out
+
+    return call

@@ -19,6 +19,7 @@ from torch import Tensor
 from gradmatch.core import checks
 from gradmatch.core.augment import SiameseAugment
 from gradmatch.core.ensemble import member_seeds
+from gradmatch.core.examples import as_examples
 from gradmatch.core.networks import Network, active_dropout, build
 from gradmatch.core.unroll import MODES, STORES, UnrolledGradient, unrolled_gradient
 from gradmatch.data._common import Distiller, Job, State, SyntheticDataset, unstandardise
@@ -162,7 +163,10 @@ class TrajectoryMatcher(Distiller):
         With ``out``, experts trained here are kept in its folder "experts", and ``raw.safetensors`` holds the images
         without averaging. The other arguments are those of :meth:`Distiller.distill`.
         """
-        run = copy.copy(self)
+        run, dataset = (
+            copy.copy(self),
+            as_examples(dataset),
+        )  # experts and images read it, an iterator only once
         if isinstance(buffer, str | Path):
             buffer = TrajectoryBuffer.load(buffer)
         if buffer is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmatch.core import checks
-from gradmatch.core.tap import capture, evaluating, last_of
+from gradmatch.core.tap import capture, evaluating, fitted, last_of
 
 Inpainter = Callable[[Tensor, Tensor], Tensor]
 """(images with zeros in the holes (n, c, h, w), visible pixels (n, 1, h, w) bool) -> whole images."""
@@ -32,7 +32,7 @@ def class_activation_map(
     name = layer if layer is not None else last_of(classifier, nn.Conv2d)
     with evaluating(classifier), capture(classifier, name) as seen, torch.enable_grad():
         # a leaf that needs a gradient keeps the graph alive also for a frozen classifier
-        logits = classifier(images.detach().requires_grad_())
+        logits = classifier(fitted(classifier, images.detach()).requires_grad_())
         checks.require(
             logits.ndim == 2, f"classifier gives {tuple(logits.shape)}; it must give logits (n, classes)."
         )

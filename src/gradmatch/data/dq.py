@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.core import checks
-from gradmatch.core.examples import as_examples
+from gradmatch.core.examples import as_examples, as_tensor
 from gradmatch.core.kernel import KernelName, as_float, unit_rows
 from gradmatch.core.pick import Picks, graph_cut_bins
 from gradmatch.data._features import (
@@ -203,6 +203,10 @@ class DQ:
             return Rows(h)
         checks.require(y is not None, "labels is None; features='gradient' needs the class of every item.")
         assert y is not None
+        checks.require(
+            int(y.max()) < logits.shape[1],
+            f"network has {logits.shape[1]} outputs; it must have one for each of {int(y.max()) + 1} classes.",
+        )
         delta = loss_slope(logits, y.to(logits.device), self.double_softmax)
         unit_rows(delta, "features (last-layer gradients)")
         return Rows(delta, h)
@@ -251,7 +255,7 @@ def quantize(
     if labels is None:
         checks.require(not balance, "labels is None; balance=True needs the class of every item.")
         return dq._select(x, None, network)
-    y = torch.as_tensor(labels)
+    y = as_tensor("labels", labels)
     checks.same_length("features", x, "labels", y)
     checks.labels("labels", y)
     return dq._select(x, y.long(), network)
