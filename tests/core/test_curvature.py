@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradmatch.core.checks import InputError
@@ -548,3 +549,28 @@ def test_diagonal_estimates_agree():
     mean, error = hutchinson_diagonal(curvature, 600, generator=draw())
     gaps = (mean - curvature.diag()) / error.clamp_min(1e-12)
     assert float(gaps.abs().max()) < 4.5
+
+
+class _SharedBatches(TorchDispatchMode):
+    """Counts batched products one of whose factors is the same for the whole batch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.count += any(t.stride(0) == 0 for t in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_several_vectors_meet_the_data_in_one_product_of_matrices(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    problem = Problem(model, "cross_entropy", (torch.randn(11, 7, dtype=torch.double), torch.arange(11) % 3))
+    curvature = Curvature(problem, kind)
+    vectors = torch.randn(curvature.shape[0], 4, dtype=torch.double)
+    with _SharedBatches() as seen:
+        together = curvature.matvec(vectors)
+    assert seen.count == 0
+    single = torch.stack([curvature.matvec(v) for v in vectors.T], 1)
+    torch.testing.assert_close(together, single, rtol=1e-12, atol=1e-14)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradmatch.core._batches import Batch
@@ -39,7 +40,8 @@ class Pull:
         tops, slopes = zip(*used, strict=True)
         if width > 1 and self.batched:
             try:
-                return _grad(tops, inputs, slopes, width)
+                with _SharedFactor():
+                    return _grad(tops, inputs, slopes, width)
             except RuntimeError:  # the formulas of some derivatives cannot be batched; single vectors decide
                 found = self._each(tops, inputs, slopes)
                 self.batched = False
@@ -50,6 +52,23 @@ class Pull:
     def _each(tops: Sequence[Tensor], inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
         rows = [_grad(tops, inputs, [v[k] for v in slopes], None) for k in range(len(slopes[0]))]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+class _SharedFactor(TorchDispatchMode):
+    """Batched products in which all share one factor, such as the data, become one product of two matrices.
+
+    The results are laid out so that the next such product can take them as they are.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            a, b = args
+            if b.stride(0) == 0 != a.stride(0):
+                return (a.reshape(-1, a.shape[2]) @ b[0]).view(*a.shape[:2], -1)
+            if a.stride(0) == 0 != b.stride(0):
+                side_by_side = b.mT.reshape(-1, b.shape[1]).T
+                return (a[0] @ side_by_side).view(a.shape[1], len(b), -1).transpose(0, 1)
+        return func(*args, **(kwargs or {}))
 
 
 def _grad(

@@ -29,6 +29,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gradmatch.core import _metrics, _second
 from gradmatch.core._batches import Batch
@@ -130,7 +131,7 @@ class Curvature:
             f"vectors has shape {tuple(vectors.shape)}; it must be ({self.shape[0]},) or ({self.shape[0]}, b).",
         )
         rows = (vectors[None] if vectors.ndim == 1 else vectors.T).to(dtype=self.dtype, device=self.device)
-        total = torch.zeros_like(rows)
+        total = torch.zeros(rows.shape, dtype=self.dtype, device=self.device)
         try:
             for product in self._products():
                 self._add(product, rows, total)
@@ -145,7 +146,8 @@ class Curvature:
         width = self.chunk or max(1, min(64, _AT_ONCE // max(1, self._batch_bytes)))
         space = self.problem.space
         for into, part in zip(total.split(width), rows.split(width), strict=True):
-            into += space.flatten(product(list(space.unflatten(part).values())), batch_dims=1)
+            blocks = [block.contiguous() for block in space.unflatten(part).values()]
+            into += space.flatten(product(blocks), batch_dims=1)
 
     def _products(self) -> Iterator[_second.Product]:
         """The summed product of every batch, from its graph."""
@@ -158,16 +160,17 @@ class Curvature:
 
     def _build(self, batch: Batch) -> _second.Product:
         """The graph of one batch, kept if there is room."""
-        size = 0
+        saved: dict[int, int] = {}  # bytes by address: the same values are saved by several operations
 
         def count(t: Tensor) -> Tensor:
-            nonlocal size
-            size += t.numel() * t.element_size()
+            saved[t.data_ptr()] = max(t.numel() * t.element_size(), saved.get(t.data_ptr(), 0))
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             product = self._graph(batch)
-        self._batch_bytes = max(self._batch_bytes, size)
+        size = sum(saved.values())
+        fixed = [t.data_ptr() for t in (*tree_leaves((batch.inputs, batch.target)), *self._leaves.values())]
+        self._batch_bytes = max(self._batch_bytes, size - sum(saved.get(at, 0) for at in set(fixed)))
         if self._kept_bytes + size <= self._keep and "order" not in self.problem.allow:
             self._kept[batch.start] = product
             self._kept_bytes += size
