@@ -10,6 +10,7 @@ from optimizer_contract import Net, OptimizerContract, data, losses
 from torch import Tensor, nn
 
 from gradmatch.core.checks import InputError
+from gradmatch.optim import _adam
 from gradmatch.optim._adam import AdamFamily
 
 
@@ -47,6 +48,48 @@ def test_equals_torch(decay: float, decoupled: bool) -> None:
         trained(lambda p: adam(p, weight_decay=decay, decoupled=decoupled)), expected, strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled": False},
+        {"lr": 0.0, "weight_decay": 0.1},
+        {"eps": 1e-2, "eps_mode": "uncorrected", "maximize": True},
+        {"betas": (0.0, 0.0)},
+    ],
+)
+def test_the_fused_kernel_takes_the_formulas_step(
+    options: dict[str, Any], dtype: torch.dtype, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    step = _adam._fused_step
+    monkeypatch.setattr(_adam, "_fused_step", lambda *own: calls.append(step(*own)))
+    ends = []
+    for own in ({"flat": flat}, {"foreach": False}):
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in ((), (0, 2), (37,), (5, 6))]
+        params.append(nn.Parameter(torch.randn(7, 5, generator=g).to(dtype).T))  # memory in another order
+        optimizer = adam(params, **options, **own)
+        for k in range(12):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+                if k == 5:
+                    p.grad.zero_()
+            kept = [p.grad.clone() for p in params]
+            optimizer.step()
+            assert all(torch.equal(p.grad, x) for p, x in zip(params, kept, strict=True))
+        state = [optimizer.state[p][name] for p in params for name in optimizer.buffers]
+        ends.append([*(p.detach() for p in params), *state])
+        assert bool(calls) == (own != {"foreach": False})
+        calls.clear()
+    for a, b in zip(*ends, strict=True):
+        near = 1e-2 if a.dtype is torch.bfloat16 else 1e-6 if a.dtype is torch.float32 else 1e-14
+        torch.testing.assert_close(a, b, rtol=near, atol=near)
 
 
 def test_uncorrected_eps_stands_beside_the_uncorrected_root() -> None:

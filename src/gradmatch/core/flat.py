@@ -63,7 +63,7 @@ class FlatStorage:
                 f"{what} is {p.layout} on {p.device}; flat=True needs dense tensors.",
             )
             require(
-                _dense(p),
+                dense(p),
                 f"{what} has strides {p.stride()}, with gaps or overlaps; flat=True cannot view it.",
             )
             require(
@@ -135,7 +135,7 @@ class FlatStorage:
         return slice(self.starts[start], self.starts[stop])
 
 
-def _dense(p: Tensor) -> bool:
+def dense(p: Tensor) -> bool:
     """Whether the tensor's numbers fill one stretch of memory, each in a place of its own."""
     expected = 1
     for stride, size in sorted((st, s) for s, st in zip(p.shape, p.stride(), strict=True) if s != 1):

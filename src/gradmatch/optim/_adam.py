@@ -10,17 +10,24 @@ The step size is lr / (1 - b1^t) times m / (sqrt(v) / root + eps) with root = sq
 lr root / (1 - b1^t) times m / (sqrt(v) + eps root), one operation less. ``eps_mode`` "uncorrected" leaves out the last
 root and so puts eps beside the uncorrected sqrt(v), as early public code did. ``decoupled`` False adds wd w to g
 instead of shrinking w.
+
+Where no hook is replaced and the numbers lie on a CPU, torch's fused kernel takes the step: the arrays are read once,
+where seven operations read them seven times. ``foreach=False`` is the formula, operation by operation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gradmatch.core import checks
-from gradmatch.core.foreach import Tensors
+from gradmatch.core.flat import dense
+from gradmatch.core.foreach import TensorList, Tensors
 from gradmatch.optim._base import Numbers, OptimizerBase, State, check_betas, scale_
 
 EPS_MODES = ("corrected", "uncorrected")
@@ -64,6 +71,17 @@ class AdamFamily(OptimizerBase):
     # --- the kernel ----------------------------------------------------------------------------------------
 
     def _rule(self, p: Tensors, g: Tensors, s: State, c: Numbers) -> None:
+        if isinstance(c["fused"], float) and c["fused"]:
+            lists = [_listed(x) for x in (p, g, s["exp_avg"], s["exp_avg_sq"])]
+            fit = [_fusable(row) for row in zip(*lists, strict=True)]
+            if any(fit):
+                _fused_step([list(compress(own, fit)) for own in lists], c)
+            if all(fit):
+                return
+            p, g, m, v = (
+                TensorList(t for t, done in zip(own, fit, strict=True) if not done) for own in lists
+            )
+            s = {"exp_avg": m, "exp_avg_sq": v}
         a = self._decayed(p, g, c)
         numerator, denominator = self._direction(a, s, c)
         p.addcdiv_(numerator, denominator, value=-c["step_size"])
@@ -101,7 +119,16 @@ class AdamFamily(OptimizerBase):
             "beta2": float(beta2),
             "decay": 1 - lr * decay if decoupled else 1.0,
             "l2": 0.0 if decoupled else decay,
+            "fused": float(self._unhooked and group["foreach"] is not False),
         }
+
+    @property
+    def _unhooked(self) -> bool:
+        """Whether the rule is Adam's own."""
+        own = type(self)
+        return (
+            own.numerator_factor is AdamFamily.numerator_factor and own.denominator is AdamFamily.denominator
+        )
 
     def _check(self, group: dict[str, Any]) -> None:
         checks.nonnegative("lr", group["lr"])
@@ -109,3 +136,44 @@ class AdamFamily(OptimizerBase):
         checks.nonnegative("weight_decay", group["weight_decay"])
         check_betas(group["betas"])
         checks.one_of("eps_mode", group.get("eps_mode", "corrected"), EPS_MODES)
+
+
+_FOR_GOOD = torch.tensor(math.inf)
+"""A count of steps at which torch's kernel corrects nothing: the correction is in step_size and eps already."""
+
+
+def _listed(x: Tensors) -> list[Tensor]:
+    return x.tensors if isinstance(x, TensorList) else [x]
+
+
+def _fusable(row: Sequence[Tensor]) -> bool:
+    """Whether the kernel, which goes through memory in its order, may have these tensors of one shape."""
+    p = row[0]
+    if p.device.type != "cpu" or not hasattr(torch, "_fused_adam_"):
+        return False
+    if any(t.dtype is not p.dtype or type(t) not in (Tensor, nn.Parameter) for t in row):
+        return False
+    return all(t.is_contiguous() for t in row) or (dense(p) and all(t.stride() == p.stride() for t in row))
+
+
+def _fused_step(lists: list[list[Tensor]], c: Numbers) -> None:
+    """The rule by torch's kernel, on contiguous tensors of one type."""
+    lr, l2 = c["step_size"], c["l2"]
+    decay = (1 - c["decay"]) / lr if lr else 0.0  # the kernel multiplies it by its rate
+    kernel = torch._fused_adam_ if l2 else torch._fused_adamw_
+    p, g, m, v = lists
+    kernel(
+        p,
+        g,
+        m,
+        v,
+        [],
+        [_FOR_GOOD] * len(lists[0]),
+        lr=lr,
+        beta1=c["beta1"],
+        beta2=c["beta2"],
+        weight_decay=l2 or decay,
+        eps=c["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
