@@ -292,6 +292,16 @@ def test_scores_are_products_with_the_mean_gradient():
     torch.testing.assert_close(example_scores(problem), own)
 
 
+def test_scores_of_a_part_of_the_classes():
+    x, y = data(12)
+    names = torch.tensor([0, 2])[torch.arange(12) % 2]  # nobody of class 1
+    model = mlp()
+    found = example_scores(model, "cross_entropy", (x, names))
+    rows = per_example_gradients(Problem(model, "cross_entropy", (x, names)))
+    own = torch.stack([g @ rows[names == c].mean(0) / g.norm() for g, c in zip(rows, names, strict=True)])
+    torch.testing.assert_close(found, own)
+
+
 def test_flipped_labels_score_low():
     """Two far clusters; after some training, examples with the other's label stand against their class."""
     x = torch.randn(200, 4)
@@ -421,6 +431,23 @@ def test_parameters_of_the_optimizer_that_are_not_differentiated_keep_still():
     RobustGradient(torch.optim.SGD(model.parameters(), 0.1), "winsor").step(problem)
     assert torch.equal(model[0].weight, before)
     assert float(model[2].weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("method", ["median", "rm3", "winsor"])
+@pytest.mark.parametrize("of", ["problem", "function"])
+def test_frozen_parameters_are_left_alone_even_by_weight_decay(method, of):
+    model, (x, y) = mlp(), data(6)
+    model[0].weight.requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    robust = RobustGradient(torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5), method)
+
+    def loss(k):
+        return F.cross_entropy(model(x[2 * k : 2 * k + 2]), y[2 * k : 2 * k + 2])
+
+    robust.step(Problem(model, "cross_entropy", (x, y)) if of == "problem" else loss)
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [p.requires_grad for p in model.parameters()]
+    assert model[0].weight.grad is None
 
 
 # --- the paper's toy ----------------------------------------------------------------------------------------

@@ -183,6 +183,14 @@ def test_whole_spectra_are_computed_in_double_precision():
     assert model[0].weight.dtype == torch.float32
 
 
+def test_a_model_in_half_precision_is_computed_in_single():
+    model, (x, y) = net().bfloat16(), data(dtype=torch.bfloat16)
+    found = spectrum(model, (x, y), top=2, method="lanczos", density=True, steps=5, probes=1)
+    expected = spectrum(copy.deepcopy(model).float(), (x.float(), y), top=2)
+    torch.testing.assert_close(found.top.double(), expected.top, rtol=1e-3, atol=1e-5)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
 def test_weight_decay_shifts_every_eigenvalue():
     model, (x, y) = net(), data()
     plain = spectrum(model, (x, y))

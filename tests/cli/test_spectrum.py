@@ -112,6 +112,26 @@ def test_a_stopped_run_goes_on(run, npz, monkeypatch):
     assert torch.equal(Spectrum.load("found").density.nodes, Spectrum.load("whole").density.nodes)
 
 
+def test_a_stopped_run_of_other_statistics_is_not_taken_over(run, npz, mine, monkeypatch):
+    from gradmatch.analysis import hessian_spectrum
+
+    spec, model = mine
+    words = ("spectrum", spec, "--weights", "net.safetensors", "--data", "data.npz", "--out", "found", "--density",
+             "--steps", 4, "--probes", 1)  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(hessian_spectrum, "_density", stop)
+        assert run(*words).exit_code == 130
+    model[1].running_mean += 1  # a buffer, no parameter
+    save_tensors("net.safetensors", model.state_dict())
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "holds a run with" in result.stderr
+
+
 def test_a_language_model(run, here):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=256, n_positions=16, n_embd=4, n_layer=1, n_head=2)

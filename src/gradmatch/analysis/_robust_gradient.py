@@ -30,8 +30,8 @@ class RobustGradient:
                 by the next ones before averaging; c = 0 is the mean
     ==========  ========================================================================================
 
-    The combined gradient is put into ``.grad`` of the optimizer's parameters, then the optimizer steps. A median of
-    skewed gradients is shorter than their mean, so compare at tuned learning rates.
+    The combined gradient is put into ``.grad`` of the optimizer's parameters, then the optimizer steps; parameters that
+    are frozen, or that the problem does not select, get none and stay as they are. A median of skewed gradients is shorter than their mean, so compare at tuned learning rates.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``.
@@ -75,12 +75,15 @@ class RobustGradient:
             InputError: 2 c not below the number of gradients, micro-batches that do not divide the batch, a loss that
                 is not one number with a graph.
         """
-        params, loss = self.params, None
+        params, loss = [p for p in self.params if p.requires_grad], None
+        checks.require(bool(params), "optimizer has no parameter that requires grad; there is nothing to step.")
         if isinstance(source, Problem):
-            rows = self._of_problem(source, params)
+            rows, params = self._of_problem(source, params)
         else:
             rows, loss = self._of_calls(source, params)
         flat = self._combined(rows)
+        for p in self.params:
+            p.grad = None  # without a gradient even weight decay leaves a parameter alone
         at = 0
         for p in params:
             p.grad = flat[at : at + p.numel()].view_as(p).to(p.dtype)
@@ -88,7 +91,10 @@ class RobustGradient:
         self.optimizer.step()
         return loss
 
-    def _of_problem(self, problem: Problem, params: list[nn.Parameter]) -> Tensor:
+    def _of_problem(
+        self, problem: Problem, params: list[nn.Parameter]
+    ) -> tuple[Tensor, list[nn.Parameter]]:
+        """Gradients to combine, and those of ``params`` that the problem differentiates in."""
         own = {id(p): name for name, p in problem.live_params().items()}
         strange = sum(id(p) not in own for p in params)
         checks.require(
@@ -103,15 +109,12 @@ class RobustGradient:
                 f"groups is {count}, which does not divide the batch of {problem.n}.",
             )
             rows = group_gradients(problem, torch.arange(count).repeat_interleave(problem.n // count))
-        if [own[id(p)] for p in params] == list(problem.space.names):
-            return rows
         columns = problem.space.slices
-        zeros = torch.zeros(len(rows), 1, dtype=rows.dtype, device=rows.device)
-        parts = [
-            rows[:, columns[own[id(p)]]] if own[id(p)] in columns else zeros.expand(-1, p.numel())
-            for p in params
-        ]
-        return torch.cat(parts, 1)
+        chosen = [p for p in params if own[id(p)] in columns]
+        names = [own[id(p)] for p in chosen]
+        if names != list(problem.space.names):
+            rows = torch.cat([rows[:, columns[name]] for name in names], 1)
+        return rows, chosen
 
     def _of_calls(self, closure: Callable[[int], Tensor], params: list[nn.Parameter]) -> tuple[Tensor, float]:
         rows, losses = [], []

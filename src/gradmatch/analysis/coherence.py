@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gradmatch.analysis._coherence import ESTIMATORS, Coherence, Estimator, Groups, ratio
 from gradmatch.core import checks
-from gradmatch.core.gradients import class_gradients, gradient_norms, gradient_products, gradient_sums
+from gradmatch.core.gradients import gradient_norms, gradient_products, gradient_sums, group_gradients
 from gradmatch.core.problem import Loss, Problem, hard_labels
 
 __all__ = [
@@ -139,9 +139,10 @@ def example_scores(
     problem = _problem(model, loss, data, chunk)
     if by == "crowd":
         return gradient_products(problem, gradient_sums(problem, chunk=chunk).stats.mean)
-    ids = torch.cat([hard_labels(batch.target).cpu() for batch in problem.data])
+    labels = torch.cat([hard_labels(batch.target).cpu() for batch in problem.data])
+    ids = torch.unique(labels, return_inverse=True)[1]  # a part of a data set may lack classes
     norms = gradient_norms(problem)
-    products = gradient_products(problem, class_gradients(problem), ids)
+    products = gradient_products(problem, group_gradients(problem, ids), ids)
     return torch.where(norms > 0, products / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
 
 

@@ -78,7 +78,7 @@ def spectrum(
         select: regular expression or names of the parameters, for the spectrum of a layer.
         allow: "dropout" or "batchnorm" to accept them in train mode; the loss is then no fixed function.
         dtype: type to compute in; default float64 for whole spectra, in which float32 leaves noise of 1e-6 of the
-            largest eigenvalue, and the model's own for "lanczos".
+            largest eigenvalue, and the model's own for "lanczos" (float32 in place of half precision).
         samples: targets drawn an example, for "sampled_fisher".
         tol: residual norm of the ends relative to the largest |eigenvalue|.
         batch_size: examples at once, where the data has no batches of its own.
@@ -100,8 +100,11 @@ def spectrum(
     generator = torch.Generator().manual_seed(checks.whole("seed", seed, least=0))
     classes = _classes(problem)
     chosen = _method(problem, kind, method, classes, samples)
-    if dtype is not None or chosen != "lanczos":
-        problem = problem.astype(dtype or torch.float64)
+    if dtype is None:
+        own = torch.promote_types(problem.space.dtype, torch.float32)
+        dtype = own if chosen == "lanczos" else torch.float64
+    if chosen != "lanczos" or dtype != problem.space.dtype:
+        problem = problem.astype(dtype)
     curvature = Curvature(problem, kind, samples=samples, generator=generator)
     count = min(checks.whole("top", top), curvature.shape[0])
     low = min(checks.whole("bottom", bottom, least=0) if kind not in SUMS else 0, curvature.shape[0] - count)

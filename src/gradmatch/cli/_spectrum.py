@@ -193,9 +193,11 @@ def _drawn(data: Any, count: int, seed: int) -> Any:
 
 def _compute(problem: Problem, options: dict[str, Any], about: dict[str, Any], out: Path) -> Spectrum:
     from gradmatch.analysis import spectrum as spectrum_of
+    from gradmatch.core._gradient_store import identity
     from gradmatch.core.store import RunFolder
 
-    config = options | about | {"examples": problem.n, "weights": _checksum(problem)}
+    known = identity(problem)  # parts of a run with other weights, statistics or data must not be taken over
+    config = options | about | {"examples": problem.n, "weights": known["model"], "values": known["data"]}
     run = RunFolder(out, {"task": "spectrum"} | config, resume=True)
     _show.say(f"{problem.n:,} examples, {problem.space.size:,} parameters in {len(problem.space)} tensors")
     try:
@@ -205,16 +207,6 @@ def _compute(problem: Problem, options: dict[str, Any], about: dict[str, Any], o
             )
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command goes on from its last finished part") from None
-
-
-def _checksum(problem: Problem) -> int:
-    """Of all tensors of the model: parts of a run with other weights must not be taken over."""
-    import zlib
-
-    code = 0
-    for tensor in problem.live_params().values():
-        code = zlib.crc32(tensor.detach().cpu().contiguous().float().numpy().tobytes(), code)
-    return code
 
 
 def _tell(found: Spectrum, seconds: float) -> None:
