@@ -464,3 +464,15 @@ def test_the_report_holds_what_its_parts_say() -> None:
     assert line.cka == pytest.approx(float(linear_cka(features[0], features[2])), abs=1e-5)
     with pytest.raises(InputError, match="at least two"):
         unit_report(nets[:1], data)
+
+
+def test_moments_of_more_units_than_a_panel_are_whole():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(90, 600, generator=g, dtype=torch.float64).relu()
+    halves = [Moments(600), Moments(600)]
+    for k, part in enumerate(rows.split(20)):
+        halves[k % 2].add(part)
+    for found in (halves[0].merge(halves[1]), Moments.of(rows)):
+        own = rows - rows.mean(0)
+        torch.testing.assert_close(found.products, own.T @ own, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.deviation, rows.std(0, correction=0), rtol=1e-10, atol=0)

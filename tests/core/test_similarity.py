@@ -147,3 +147,14 @@ def test_refusals() -> None:
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_features_wider_than_the_cache_are_centred_piece_by_piece():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 4000, generator=g) + 5 * torch.randn(4000, generator=g)
+    y = torch.randn(300, 3000, generator=g) + x[:, :3000]
+    a, b = ((v.double() - v.double().mean(0)) for v in (x, y))
+    k, l_ = a @ a.T, b @ b.T
+    exact = float((k * l_).sum() / (k.norm() * l_.norm()))
+    assert abs(float(linear_cka(x, y)) - exact) < 1e-5
+    assert abs(float(linear_cka(x.double(), y.double())) - exact) < 1e-12

@@ -23,6 +23,7 @@ RARE = 0.005
 """It counts as dead, too, if it is zero on all but this share of the samples of one half: what a handful of examples
 say of a unit's scale and partners does not hold on others, and such units ruin predictions from all units."""
 HALVES = 2
+_PANEL = 256  # columns of the products made at once, with all before them: the rest is their mirror image
 
 
 class Moments:
@@ -35,7 +36,7 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(d, dtype=torch.float64)
         self.active = torch.zeros(d, dtype=torch.long)
-        self.products = torch.zeros(d, d, dtype=torch.float64)
+        self._upper = torch.zeros(d, d, dtype=torch.float64)  # only its upper triangle counts
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n d"]) -> Moments:
@@ -55,7 +56,9 @@ class Moments:
         between = (self.count * n / (self.count + n)) ** 0.5 * gap
         block = torch.cat([rows.double() - mean, between.to(rows.device)[None]])
         block = block.to(torch.promote_types(rows.dtype, torch.float32))
-        self.products += (block.T @ block).cpu()
+        for end in range(_PANEL, len(mean) + _PANEL, _PANEL):
+            panel = slice(end - _PANEL, end)
+            self._upper[:end, panel] += (block[:, :end].T @ block[:, panel]).cpu()
         self.active += (rows != 0).sum(0).cpu()
         self.mean += gap * (n / (self.count + n))
         self.count += n
@@ -70,13 +73,19 @@ class Moments:
         gap = other.mean - self.mean
         total.mean = self.mean + gap * (other.count / total.count)
         weight = self.count * other.count / total.count
-        total.products = self.products + other.products + weight * torch.outer(gap, gap)
+        total._upper = (self._upper + other._upper).addr_(gap, gap, alpha=weight)
         return total
+
+    @property
+    def products(self) -> Float[Tensor, "d d"]:
+        """Sums of products of what is left without the means."""
+        upper = self._upper.triu()
+        return upper + upper.triu(1).T
 
     @property
     def deviation(self) -> Float[Tensor, " d"]:
         """Standard deviations, with n in the denominator."""
-        return (self.products.diagonal() / max(self.count, 1)).clamp_min(0).sqrt()
+        return (self._upper.diagonal() / max(self.count, 1)).clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)

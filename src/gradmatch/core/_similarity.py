@@ -24,6 +24,7 @@ from gradmatch.core.checks import finite, refuse, require
 
 FLOOR = 1e-24
 """Put under the squared norm of a debiased Gram matrix, whose estimate may be 0 or below."""
+_CACHED = 2**19  # numbers worked on at once: 2 MiB in float32
 
 
 def linear_cka(
@@ -130,15 +131,22 @@ def _checked(value: Tensor, features: Mapping[str, Tensor]) -> Tensor:
     return value
 
 
-def _gram(x: Tensor, depth: int = 2) -> Tensor:
-    """X X^T, each product of two different halves of the rows once."""
-    if depth == 0 or len(x) < 64:
+def _centred_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of features less their mean, and that mean; some columns at a time, which stay in the cache."""
+    gram, means = x.new_zeros(len(x), len(x)), []
+    for part in x.split(max(256, _CACHED // len(x)), 1):
+        means.append(part.mean(0))
+        gram = gram + _gram(part - means[-1])
+    return gram, torch.cat(means)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """X X^T, the product of the two halves of the rows once."""
+    if len(x) < 64:
         return x @ x.T
     a, b = x.tensor_split(2)
     corner = a @ b.T
-    return torch.cat(
-        [torch.cat([_gram(a, depth - 1), corner], 1), torch.cat([corner.T, _gram(b, depth - 1)], 1)]
-    )
+    return torch.cat([torch.cat([a @ a.T, corner], 1), torch.cat([corner.T, b @ b.T], 1)])
 
 
 def _varies(energy: Tensor, mean: Tensor, n: int) -> Tensor:
@@ -151,8 +159,10 @@ def _varies(energy: Tensor, mean: Tensor, n: int) -> Tensor:
 
 def _relation(x: Tensor, debiased: bool) -> Tensor:
     """The Gram matrix of a set of features, centred; their inner products are what CKA is made of."""
-    n, mean = len(x), x.mean(0)
-    gram = _gram(x - mean)  # centred before the product: differences of large numbers lose what is left
+    n, (gram, mean) = (
+        len(x),
+        _centred_gram(x),
+    )  # after the product, differences of large numbers lose what is left
     gram = gram * _varies(gram.diagonal().sum(), mean, n)
     if not debiased:
         return gram
