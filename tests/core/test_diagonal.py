@@ -41,6 +41,28 @@ class Odd(nn.Module):
         return self.second(x * self.scale)
 
 
+class Recurrent(nn.Module):
+    """The kernel of an LSTM fails under vmap in words of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cells(x)[0][:, -1])
+
+
+class Own(nn.Module):
+    """No layer of a known kind at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight).sum(1)
+
+
 class Language(nn.Module):
     """Tokens in, logits over tokens out; the embedding is tied to the read-out."""
 
@@ -77,6 +99,8 @@ def case(name: str) -> tuple[nn.Module, Tensor]:
             nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(24, 3)),
             torch.randn(6, 3, 8),
         ),
+        "lstm": lambda: (Recurrent(), torch.randn(6, 2, 3)),
+        "own": lambda: (Own(), torch.randn(6, 4, 3)),
     }
     model, x = made[name]()
     model = model.double().eval()
@@ -96,7 +120,7 @@ def looped(model: nn.Module, x: Tensor, vectors: Tensor) -> dict[str, Tensor]:
     return total
 
 
-CASES = ["mlp", "conv", "odd", "branching", "tied", "untied", "sequence", "conv1d"]
+CASES = ["mlp", "conv", "odd", "branching", "tied", "untied", "sequence", "conv1d", "lstm", "own"]
 
 
 @pytest.mark.parametrize("tier", ["auto", "vmap"])

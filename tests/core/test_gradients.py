@@ -172,6 +172,26 @@ def test_every_tier_equals_a_backward_for_each_example(kind):
         torch.testing.assert_close(norms.squares, blocks, rtol=1e-9, atol=1e-11)
 
 
+class Recurrent(nn.Module):
+    """The kernel of an LSTM fails under vmap in words of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.cells(x)[0][:, -1])
+
+
+def test_recurrent_kernels_fall_back_to_single_passes():
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 3).double()
+    problem = Problem(Recurrent().double(), "cross_entropy", (x, torch.arange(5) % 3), batch_size=4)
+    truth = naive(problem)
+    torch.testing.assert_close(per_example_gradients(problem), truth)
+    torch.testing.assert_close(gradient_norms(problem), truth.norm(dim=1))
+
+
 @pytest.mark.parametrize(
     ("kind", "tier", "direct"),
     [
