@@ -31,7 +31,8 @@ class RobustGradient:
     ==========  ========================================================================================
 
     The combined gradient is put into ``.grad`` of the optimizer's parameters, then the optimizer steps; parameters that
-    are frozen, or that the problem does not select, get none and stay as they are. A median of skewed gradients is shorter than their mean, so compare at tuned learning rates.
+    are frozen, or that the problem does not select, get none and stay as they are. A median of skewed gradients is
+    shorter than their mean, so compare at tuned learning rates.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``.
@@ -76,7 +77,9 @@ class RobustGradient:
                 is not one number with a graph.
         """
         params, loss = [p for p in self.params if p.requires_grad], None
-        checks.require(bool(params), "optimizer has no parameter that requires grad; there is nothing to step.")
+        checks.require(
+            bool(params), "optimizer has no parameter that requires grad; there is nothing to step."
+        )
         if isinstance(source, Problem):
             rows, params = self._of_problem(source, params)
         else:
@@ -91,9 +94,7 @@ class RobustGradient:
         self.optimizer.step()
         return loss
 
-    def _of_problem(
-        self, problem: Problem, params: list[nn.Parameter]
-    ) -> tuple[Tensor, list[nn.Parameter]]:
+    def _of_problem(self, problem: Problem, params: list[nn.Parameter]) -> tuple[Tensor, list[nn.Parameter]]:
         """Gradients to combine, and those of ``params`` that the problem differentiates in."""
         own = {id(p): name for name, p in problem.live_params().items()}
         strange = sum(id(p) not in own for p in params)
