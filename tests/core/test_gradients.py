@@ -663,3 +663,25 @@ def test_products_with_vectors_are_those_of_the_rows(kind):
     torch.testing.assert_close(each, (truth * directions[ids]).sum(1), rtol=1e-9, atol=1e-11)
     with pytest.raises(InputError, match="vectors"):
         gradient_products(problem, directions)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 16, 3), (8, 4, 4)),
+        (nn.Conv2d(8, 16, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2), groups=2), (8, 4, 5)),
+        (nn.Conv1d(8, 16, 4, padding="same", padding_mode="circular"), (8, 5)),
+        (nn.Linear(40, 30), (2, 40)),
+    ],
+    ids=["conv", "grouped", "circular", "linear"],
+)
+def test_sums_where_norms_come_from_gram_matrices(layer, shape):
+    """Few positions of wide layers: no example's gradient is formed, so the sum is a product of its own."""
+    g = torch.Generator().manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    data = torch.randn(6, *shape, generator=g, dtype=torch.double), torch.zeros(6)
+    problem = Problem(layer, lambda z, _: z.pow(3).flatten(1).sum(1), data, batch_size=4)
+    truth, found = per_example_gradients(problem, tier="vmap"), gradient_sums(problem)
+    assert found.tier == "layerwise"
+    torch.testing.assert_close(found.stats.mean, truth.mean(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.norms, truth.norm(dim=1), rtol=1e-10, atol=1e-10)

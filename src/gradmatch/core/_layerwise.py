@@ -87,35 +87,26 @@ Uses = list[tuple[Call, str]]  # calls that use a parameter, each with the layer
 
 @dataclass
 class Pass:
-    """One forward and backward pass: losses, the uses of each parameter that can be read, and the other names.
-
-    ``total`` is the gradient of the summed loss by block, where it was asked for.
-    """
+    """One forward and backward pass: losses, the uses of each parameter that can be read, and the other names."""
 
     losses: Tensor
     uses: dict[str, Uses]
     rest: list[str]
-    total: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch, total: bool = False) -> Pass:
-    """Run the batch at ``blocks``, leaves that require grad; ``total`` asks for the summed gradient too."""
+def run(problem: Problem, blocks: Mapping[str, Tensor], batch: Batch) -> Pass:
+    """Run the batch at ``blocks``, leaves that require grad."""
     losses, uses, calls = record(problem, blocks, batch.size, lambda: problem.batch_losses(blocks, batch))
-    wanted: list[Any] = [c.edge for c in calls] + (list(blocks.values()) if total else [])
-    grads = torch.autograd.grad(losses.sum(), wanted, allow_unused=True) if wanted else ()
+    grads = torch.autograd.grad(losses.sum(), [c.edge for c in calls], allow_unused=True) if calls else ()
     lost = set()
-    for call, delta in zip(calls, grads[: len(calls)], strict=True):
+    for call, delta in zip(calls, grads, strict=True):
         if delta is None or not sound(call, delta, batch.size):
             lost.add(id(call))  # its output left the graph, or its input was written over
         else:
             call.delta = delta
             call.x = call.x.expand(batch.size, *call.x.shape[1:]) if call.broadcast else call.x
     kept = {k: u for k, u in uses.items() if not any(id(c) in lost for c, _ in u)}
-    sums = {
-        k: torch.zeros_like(p) if g is None else g
-        for (k, p), g in zip(blocks.items(), grads[len(calls) :], strict=False)
-    }
-    return Pass(losses.detach(), kept, [k for k in blocks if k not in kept], sums)
+    return Pass(losses.detach(), kept, [k for k in blocks if k not in kept])
 
 
 def record(

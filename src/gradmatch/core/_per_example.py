@@ -89,14 +89,18 @@ class Engine:
         found: dict[str, Tensor] = {}
         rest = list(self.blocks)
         if self.layerwise:
-            done = self._read(batch, totals is not None)
-            found = {
-                name: _reading.norms2(uses) if uses else self.blocks[name].new_zeros(batch.size)
-                for name, uses in done.uses.items()
-            }
+            done = self._read(batch)
+            sums: dict[str, Tensor] = {}
+            for name, uses in done.uses.items():
+                if not uses:
+                    found[name] = self.blocks[name].new_zeros(batch.size)
+                elif totals is None:
+                    found[name] = _reading.norms2(uses)
+                else:
+                    found[name], sums[name] = _reading.norms2_and_sum(uses)
             rest = done.rest if self._settle(batch, found, done) else rest
             if totals is not None:
-                totals |= {k: t.flatten() for k, t in done.total.items() if k not in rest}
+                totals |= {k: t for k, t in sums.items() if k not in rest}
         found |= {k: self.blocks[k].detach().new_empty(batch.size) for k in rest}
         for part, rows in self._direct_parts(batch, rest):
             for name, value in rows.items():
@@ -138,8 +142,8 @@ class Engine:
             for part in _slices(batch.size, _BUDGET // sum(self.blocks[k].numel() for k in names)):
                 yield part, self.direct(batch.take(part), names)
 
-    def _read(self, batch: Batch, total: bool = False) -> _layerwise.Pass:
-        done = _layerwise.run(self.problem, self.blocks, batch, total)
+    def _read(self, batch: Batch) -> _layerwise.Pass:
+        done = _layerwise.run(self.problem, self.blocks, batch)
         if self.strict == "layerwise" and done.rest:
             raise InputError(f'tier is "layerwise"; {listing(done.rest)} cannot be read so, use "auto".')
         return done

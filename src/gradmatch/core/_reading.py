@@ -53,6 +53,43 @@ def norms2(uses: Uses) -> Tensor:
     return square_norms(total)
 
 
+def norms2_and_sum(uses: Uses) -> tuple[Tensor, Tensor]:
+    """The same norms [m], and the gradient summed over the examples [numel]."""
+    (call, local), numel = uses[0], uses[0][0].module.get_parameter(uses[0][1]).numel()
+    if len(uses) > 1 or local != "weight" or call.family not in ("linear", "conv", "embedding"):
+        if sorted(c.family for c, name in uses if name == "weight") == ["embedding", "linear"]:
+            return norms2(uses), sum((_weight_sum(c) for c, _ in uses), start=call.delta.new_zeros(numel))
+        formed = call.delta.new_empty(len(call.x), numel)
+        rows(uses, formed)
+        return square_norms(formed), formed.sum(0)
+    if call.family == "embedding" or _gram_is_cheaper(call):
+        return _weight_norms2(call), _weight_sum(call)
+    squares, total = [], call.delta.new_zeros(numel)
+    for part in _steps(call, formed=True):  # the rows are at hand, and adding them up is the cheapest
+        formed = _weight_rows(call, part)
+        squares.append(square_norms(formed))
+        total += formed.sum(0)
+    return torch.cat(squares), total
+
+
+def _weight_sum(call: Call) -> Tensor:
+    """The gradient [numel] of the examples' summed loss for the weight of an embedding, linear or convolution layer."""
+    weight = call.module.weight
+    assert isinstance(weight, Tensor)
+    if call.family == "embedding":
+        _, token, sums = _token_sums(call)
+        return sums.new_zeros(weight.shape).index_add_(0, token, sums).flatten()
+    if call.family == "linear":
+        a, d = (_sequence(t).flatten(0, 1) for t in (call.x, call.delta))
+        return (a.T @ d if is_transposed_linear(call.module) else d.T @ a).flatten()
+    x, delta, size, stride, dilation, padding = _picture(call, slice(None))
+    shape = (*weight.shape[:2], *size)
+    groups = _sizes(call)[0]
+    return conv2d_weight(
+        x, shape, delta, stride=stride, padding=padding, dilation=dilation, groups=groups
+    ).flatten()
+
+
 def _write_rows(call: Call, local: str, out: Tensor) -> None:
     if call.family == "embedding":
         example, token, sums = _token_sums(call)
