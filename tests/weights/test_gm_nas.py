@@ -476,6 +476,36 @@ def test_frozen_parameters_are_no_shared_ones(vectorized: bool) -> None:
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
+class OtherCells(CellSpace):
+    """With dropout, and an operation that branches on data, which vmap cannot batch."""
+
+    def op(self, k: int) -> nn.Module:
+        d = self.width
+        return (
+            nn.Sequential(nn.Linear(d, d), nn.Dropout(0.5)),
+            nn.Identity(),
+            Branching(d, d),
+            nn.Linear(d, d),
+        )[k]
+
+
+class Branching(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool((x > 1e9).any()) else super().forward(x)
+
+
+def test_dropout_rests_and_layers_that_cannot_be_batched_run_one_by_one() -> None:
+    space = OtherCells(SPACE.inputs, SPACE.width, SPACE.classes)
+    net = build(space.supernet, 0).train()
+    state = torch.get_rng_state()
+    found, loops = (
+        GMSplitter(space, repeat=2, vectorized=v).distances(net, 1, batches()) for v in (None, False)
+    )
+    assert torch.equal(found, loops)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in net.modules())
+
+
 def test_a_search_named_beside_a_recipe_counts() -> None:
     recipe = Recipe(lr=0.1, search="snas")
     assert FewShotNAS(SPACE, [], search="darts", recipe=recipe).recipe == Recipe(lr=0.1, search="darts")

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from gradmatch.core import checks
+from gradmatch.core.tap import evaluating
 
 
 class PathGradients:
@@ -21,6 +22,7 @@ class PathGradients:
     def __init__(self, net: nn.Module, loss: Any, vectorized: bool | None, most: int) -> None:
         self.net, self.loss, self.most = net, loss, most
         self.params = {n: p.detach() for n, p in trained(net)}
+        self.forced = vectorized is not None
         convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in net.modules())
         self.vectorized = not convolves if vectorized is None else vectorized
 
@@ -31,7 +33,12 @@ class PathGradients:
     def __call__(self, paths: list[list[Any]], batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         equal = len({tuple(x.shape) for x, _ in batches}) == 1 and len({len(p) for p in paths}) == 1
         if self.vectorized and equal:
-            return list(self._together(paths, batches))
+            try:
+                return list(self._together(paths, batches))
+            except RuntimeError:  # a layer, such as an LSTM, that vmap cannot batch
+                if self.forced:
+                    raise
+                self.vectorized = False
         return [self._one_by_one(p, *b) for p, b in zip(paths, batches, strict=True)]
 
     def _together(self, paths: list[list[Any]], batches: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -85,13 +92,14 @@ def again_and_again(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def still(net: nn.Module) -> Iterator[None]:
-    """Within the block norms take the batch's statistics and leave the running ones alone."""
+    """Within the block norms take the batch's statistics and leave the running ones alone, and nothing is dropped."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    before = [(m.track_running_stats, m.training) for m in norms]
-    for m in norms:
-        m.track_running_stats, m.training = False, True
-    try:
-        yield
-    finally:
-        for m, (track, mode) in zip(norms, before, strict=True):
-            m.track_running_stats, m.training = track, mode
+    before = [m.track_running_stats for m in norms]
+    with evaluating(net):
+        for m in norms:
+            m.track_running_stats, m.training = False, True
+        try:
+            yield
+        finally:
+            for m, track in zip(norms, before, strict=True):
+                m.track_running_stats = track
