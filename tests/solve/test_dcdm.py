@@ -343,6 +343,13 @@ def test_obstacles_and_masks_stay_out_of_the_solution() -> None:
     assert not masked[~inside].any()
 
 
+def test_no_gradient_is_taken_of_what_a_network_did_without_one() -> None:
+    weight = torch.ones(64, 1, dtype=torch.float64, requires_grad=True)
+    b = torch.ones(64, dtype=torch.float64, requires_grad=True)
+    x, _ = DirectionSolver(A8, lambda r: r * weight).solve(b)
+    assert not x.requires_grad
+
+
 def test_a_zero_right_hand_side_returns_at_once() -> None:
     x, info = DirectionSolver(A8, DirectionNet(2), grid_shape=(8, 8)).solve(np.zeros(64))
     assert not x.any()
@@ -609,6 +616,11 @@ SKEW = torch.tensor([[2.0, 1.0], [0.0, 2.0]])
         (lambda: DirectionSolver(A8, 3), "propose is a int"),
         (lambda: DirectionSolver(A8, np.eye(3)), r"propose has shape \(3, 3\)"),
         (lambda: DirectionSolver(A8, keep=-1), "keep is -1"),
+        (
+            lambda: DirectionSolver(A8, lambda r: r[:3]).solve(np.ones(64)),
+            r"propose gave \(3, 1\) for residuals of shape \(64, 1\)",
+        ),
+        (lambda: DirectionSolver(A8, lambda r: r.numpy()).solve(np.ones(64)), "propose gave ndarray"),
         (lambda: DirectionSolver(A8, tol=0), "tol is 0"),
         (lambda: DirectionSolver(A8, fallback="gmres"), "fallback is 'gmres'"),
         (lambda: DirectionSolver(A8, null_space=np.ones(3)), r"null_space has shape \(3, 1\)"),

@@ -422,6 +422,23 @@ def test_all_kinds_of_input_give_one_result() -> None:
         assert type(model.U_) is type(found)
 
 
+def test_masked_arrays_keep_their_mask() -> None:
+    M = low_rank(20, 15, 2)
+    there = np.random.default_rng(0).random(M.shape) < 0.7
+    expected = MatrixCompletion(2).fit(np.where(there, M, np.nan)).complete()
+    spoilt = np.where(there, M, 7.0)  # what lies under a mask must not be read
+    np.testing.assert_array_equal(
+        MatrixCompletion(2).fit(np.ma.masked_array(spoilt, ~there)).complete(), expected
+    )
+    whole = np.ma.masked_array(np.arange(12).reshape(3, 4), np.eye(3, 4, dtype=bool))
+    assert len(as_entries(whole, None, None, None, torch.float64)) == 9
+    frozen = M.copy()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MatrixCompletion(2).fit(frozen)
+
+
 def test_stored_zeros_are_observed() -> None:
     values = np.zeros((4, 3))
     values[:, 0] = 1
@@ -527,6 +544,9 @@ def without(row: int, kept: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: MatrixCompletion(1).fit([0, 1], [0, 1], [1.0, 1.0], 5), r"shape is 5; it must be \(rows, columns\)"),
+        (lambda: MatrixCompletion(1).fit(FULL).predict([0.6], [1]), r"rows is torch.float32 of shape \(1,\)"),
+        (lambda: MatrixCompletion(1).fit(FULL).predict(0, 1), r"rows is torch.int64 of shape \(\)"),
         (lambda: MatrixCompletion(6).fit(FULL), r"rank is 6; it must be at most min\(6, 5\) = 5"),
         (lambda: MatrixCompletion(3).fit(without(2, 2)), r"1 rows have fewer than rank 3 .*\(row 2 has 2\)"),
         (lambda: MatrixCompletion(3).fit(without(2, 2).T), r"1 columns have fewer than rank 3 .*column 2 has 2"),

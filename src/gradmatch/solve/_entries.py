@@ -155,8 +155,8 @@ def as_entries(X: Any, cols: Any, values: Any, shape: Any, dtype: torch.dtype, d
 
     Args:
         X: row numbers, with ``cols``, ``values`` and perhaps ``shape``; or alone: a scipy sparse matrix or a torch
-            sparse tensor, whose stored entries are the observed ones (stored zeros too), or a dense array or tensor
-            with NaN where nothing was observed.
+            sparse tensor, whose stored entries are the observed ones (stored zeros too), a dense array or tensor
+            with NaN where nothing was observed, or a NumPy masked array, whose masked entries were not.
 
     Raises:
         InputError: coordinates outside the shape or twice, values that are not finite, or nothing observed.
@@ -166,7 +166,7 @@ def as_entries(X: Any, cols: Any, values: Any, shape: Any, dtype: torch.dtype, d
             cols is not None and values is not None,
             "cols and values go together: fit(rows, cols, values, shape), or fit(X) with a matrix.",
         )
-        rows, cols = _whole("rows", X), _whole("cols", cols)
+        rows, cols = whole_numbers("rows", X), whole_numbers("cols", cols)
         values = torch.as_tensor(values)
         checks.same_length("rows", rows, "cols", cols)
         checks.same_length("rows", rows, "values", values)
@@ -176,6 +176,9 @@ def as_entries(X: Any, cols: Any, values: Any, shape: Any, dtype: torch.dtype, d
         checks.require(shape is None, "shape is given with a matrix, which has its own.")
         rows, cols, values, shape = _of_matrix(X)
     checks.require(len(rows) > 0, "the matrix has no observed entry; at least one is needed.")
+    checks.require(
+        isinstance(shape, Sequence) and len(shape) == 2, f"shape is {shape!r}; it must be (rows, columns)."
+    )
     device = values.device if device is None else torch.device(device)
     rows, cols, values = (t.to(device) for t in (rows, cols, values.detach().to(dtype)))
     checks.finite("values", values)
@@ -219,7 +222,8 @@ def require_identifiable(
         )
 
 
-def _whole(name: str, numbers: Any) -> Tensor:
+def whole_numbers(name: str, numbers: Any) -> Tensor:
+    """Coordinates as a long tensor (N,)."""
     found = torch.as_tensor(numbers)
     checks.require(
         found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool,
@@ -231,18 +235,32 @@ def _whole(name: str, numbers: Any) -> Tensor:
 def _of_matrix(X: Any) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     if sp.issparse(X):
         coo = X.tocoo()
-        return _whole("rows", coo.row), _whole("cols", coo.col), torch.as_tensor(coo.data), coo.shape
+        return (
+            whole_numbers("rows", coo.row),
+            whole_numbers("cols", coo.col),
+            torch.as_tensor(coo.data),
+            coo.shape,
+        )
     if isinstance(X, Tensor) and X.layout != torch.strided:
         given: Any = X if X.layout == torch.sparse_coo else X.to_sparse_coo()  # type: ignore[no-untyped-call]
         rows, cols = given._indices()  # unlike indices(), does not add up duplicates before they are seen
         return rows, cols, given._values(), tuple(X.shape)
-    dense = X if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
+    dense = X if isinstance(X, Tensor) else torch.as_tensor(_array(X))
     checks.require(
         dense.ndim == 2 and dense.is_floating_point(),
         f"X is {dense.dtype} of shape {tuple(dense.shape)}; it must be a matrix of floats with NaN where unobserved.",
     )
     rows, cols = (~dense.isnan()).nonzero(as_tuple=True)
     return rows, cols, dense[rows, cols], tuple(dense.shape)
+
+
+def _array(X: Any) -> np.ndarray:
+    """A NumPy array that torch may share, NaN where a masked one is masked."""
+    if isinstance(X, np.ma.MaskedArray):
+        floats = X if np.issubdtype(X.dtype, np.inexact) else X.astype(np.float64)
+        return np.asarray(floats.filled(np.nan))
+    array = np.asarray(X)
+    return array if array.flags.writeable else array.copy()
 
 
 def _ordered(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Entries:

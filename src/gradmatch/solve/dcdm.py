@@ -157,7 +157,7 @@ class DirectionSolver:
     # --- preparation ---------------------------------------------------------------------------------------
 
     def _columns(self, name: str, values: Any) -> Tensor:
-        found = torch.as_tensor(values).to(dtype=self.operator.dtype, device=self.operator.device)
+        found = torch.as_tensor(values).detach().to(dtype=self.operator.dtype, device=self.operator.device)
         columns, n = found[:, None] if found.ndim == 1 else found, self.operator.shape[0]
         checks.require(
             columns.ndim == 2 and len(columns) == n,
@@ -241,7 +241,13 @@ class _Run:
             d, image, curve = self._conjugate(self.r)
         else:
             given = self.r / self.r.norm(dim=0) if self.solver.normalize else self.r
-            d, image, curve = self._conjugate(self._masked(self.solver.propose(given).to(self.r)))
+            proposed = self.solver.propose(given)
+            got = tuple(proposed.shape) if isinstance(proposed, Tensor) else type(proposed).__name__
+            checks.require(
+                got == tuple(given.shape),
+                f"propose gave {got} for residuals of shape {tuple(given.shape)}; it must give a tensor of that shape.",
+            )
+            d, image, curve = self._conjugate(self._masked(proposed.detach().to(self.r)))
         slope = (self.r * d).sum(0)
         bad = ~(curve > self._flat(d)) | ~slope.isfinite() | (slope == 0)
         if bool(bad.any()):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.core import checks
-from gradmatch.solve._entries import Entries, Side, as_entries, require_identifiable
+from gradmatch.solve._entries import Entries, Side, as_entries, require_identifiable, whole_numbers
 from gradmatch.solve._offsets import BIASES, Offsets
 from gradmatch.solve._regressions import SOLVERS, Inner, exact
 from gradmatch.solve._spectral import clipped, incoherence, leading_vectors, subspace_distance
@@ -153,7 +153,8 @@ class MatrixCompletion:
 
         Args:
             X: a scipy sparse matrix or torch sparse tensor (what is stored is what was observed, zeros too), or a
-                dense one with NaN where nothing was; or row numbers, with ``cols``, ``values`` and ``shape``.
+                dense one with NaN where nothing was (or a masked array); or row numbers, with ``cols``, ``values`` and
+                ``shape``.
             cols, values: column numbers and values of the entries.
             shape: (m, n); default the largest numbers.
             held_out: (rows, cols, values) of entries not to be fitted, whose misfit the history shows.
@@ -186,7 +187,7 @@ class MatrixCompletion:
     def predict(self, rows: Any, cols: Any) -> Any:
         """Values at the given coordinates, (N,)."""
         self._require_fit()
-        rows, cols = (torch.as_tensor(t, device=self._U.device).long() for t in (rows, cols))
+        rows, cols = (whole_numbers(k, t).to(self._U.device) for k, t in (("rows", rows), ("cols", cols)))
         checks.same_length("rows", rows, "cols", cols)
         return self._given(self._values(rows, cols))
 
