@@ -356,3 +356,17 @@ def test_other_refusals():
     ]:
         with pytest.raises(InputError, match=word):
             call()
+
+
+def test_arrays_of_double_precision_are_brought_to_the_parameters_type():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    net = nn.Linear(3, 2)
+    wanted = Problem(net, "mse", (x.float(), y.float())).example_losses()
+    for data in ((x, y), (x.numpy(), y.numpy()), [(x[:4], y[:4]), (x[4:], y[4:])]):
+        found = Problem(net, "mse", data).example_losses()
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted)
+    double = Problem(nn.Linear(3, 2).double(), "mse", (x, y))
+    assert double.example_losses().dtype == torch.float64
+    assert Problem(net, "mse", (x, y)).astype(torch.float64).example_losses().dtype == torch.float64

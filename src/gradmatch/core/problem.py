@@ -124,6 +124,7 @@ class Problem:
             Default: all that require grad. The others are constants.
         groups: group id of each example (long [n]), or "class" (hard labels), "batch" or "example".
         batch_size: examples taken at once from data without batches of its own (default 256).
+            Numbers in float64 are brought to the parameters' type, if that is another.
         allow: names of what is refused otherwise: "dropout" and "batchnorm" (active in train mode; dropout then
             draws from torch's global generator) and "order" (data that changes between passes).
 
@@ -220,7 +221,12 @@ class Problem:
             yield Batch(inputs, target, batch.start, groups)
 
     def _placed(self, t: Tensor) -> Tensor:
-        return t.to(self.space.device, self._cast if t.is_floating_point() else None)
+        dtype = self._cast if t.is_floating_point() else None
+        if dtype is None and t.dtype == torch.float64 and self.space.dtype != torch.float64:
+            dtype = (
+                self.space.dtype
+            )  # arrays are float64 where nobody chose it; no layer multiplies two types
+        return t.to(self.space.device, dtype)
 
     def astype(self, dtype: torch.dtype) -> Problem:
         """The same problem in another floating type: a copy of the model's tensors, and data cast batch by batch."""
