@@ -476,3 +476,11 @@ def test_moments_of_more_units_than_a_panel_are_whole():
         own = rows - rows.mean(0)
         torch.testing.assert_close(found.products, own.T @ own, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found.deviation, rows.std(0, correction=0), rtol=1e-10, atol=0)
+
+
+def test_arrays_of_double_precision_are_read_by_models_of_single() -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval() for _ in range(2)]
+    x = torch.randn(40, 4, dtype=torch.float64)
+    found, wanted = (collect(nets, (v, np.zeros(40))) for v in (x.numpy(), x.float()))
+    assert torch.equal(found.moments("1").products, wanted.moments("1").products)

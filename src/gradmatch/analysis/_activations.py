@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 
 from gradmatch.core import checks
 from gradmatch.core._batches import OrderedData
@@ -247,10 +248,11 @@ def _outputs(
     with ExitStack() as stack:
         taps = [stack.enter_context(capture(m, *names)) for m in models]
         for model, seen in zip(models, taps, strict=True):
-            if isinstance(inputs, Mapping):
-                model(**inputs)
+            given = tree_map(_placer(model), inputs)
+            if isinstance(given, Mapping):
+                model(**given)
             else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+                model(*(given if isinstance(given, tuple) else (given,)))
             for name in names:
                 checks.require(name in seen, f"models[{len(found[name])}] does not run its module {name!r}.")
                 found[name].append(_rows(seen[name]))
@@ -265,6 +267,18 @@ def _outputs(
             at = torch.randperm(count, generator=generator)[: int(positions)].to(per_net[0].device)
             found[name] = [r[:, at] for r in per_net]
     return found
+
+
+def _placer(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Brings inputs to where a model is, and arrays of float64 to its type."""
+    own = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def place(t: Tensor) -> Tensor:
+        if own is None:
+            return t
+        return t.to(own.device, own.dtype if t.dtype == torch.float64 else None)
+
+    return place
 
 
 def _rows(output: Tensor) -> Tensor:
