@@ -405,3 +405,29 @@ def test_the_core_does_not_load_diffusers() -> None:
         names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in top
                  if isinstance(n, ast.Import | ast.ImportFrom)]  # fmt: skip
         assert not [n for n in names if n and n.startswith("diffusers")]
+
+
+def test_a_scheduler_that_shifts_by_the_images_size_needs_to_be_told() -> None:
+    model = from_diffusers(Toy(), diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(InputError, match="use_dynamic_shifting=True"):
+        model.times(5)
+
+
+def test_a_guide_reads_x0_of_half_precision_latents_in_float32() -> None:
+    scheduler = diffusers.DDIMScheduler(**STABLE, clip_sample=False)
+    scheduler.set_timesteps(50)
+    path, times = noise_path(scheduler), path_times(scheduler).tolist()
+    seen: list[Tensor] = []
+
+    def loss(x0: Tensor, _: Any) -> Tensor:
+        seen.append(x0.detach())
+        return x0.sum()
+
+    before = randn(2, 4).half()
+    after = path.step(before.double(), Prediction("noise", randn(2, 4, seed=1).double()), *times[:2]).half()
+    callback = GuideCallback(GradientGuide([loss], scale=0.1), before)
+    pipe = type("Pipe", (), {"scheduler": scheduler})
+    moved = callback(pipe, 0, None, {"latents": after})["latents"]
+    assert moved.dtype == torch.float16
+    exact = path.aim("x0", before.double(), after.double(), *times[:2]).tensor
+    assert float((seen[0].double() - exact).abs().max()) < 1e-3 * float(exact.abs().max())

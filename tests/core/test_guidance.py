@@ -245,6 +245,11 @@ def test_the_networks_parameters_get_no_gradient() -> None:
         (lambda: GradientGuide([along], reference="hr"), "reference is 'hr'"),
         (lambda: said(GradientGuide([lambda x0, ref: x0.sum(1)])), "it must give a scalar"),
         (lambda: said(GradientGuide([lambda x0, ref: (x0 * math.nan).sum()])), "gradient has 15 NaN"),
+        (lambda: said(GradientGuide([lambda x0, ref: torch.tensor(1.0)])), "have no gradient in x0"),
+        (
+            lambda: straight_through_gradient(Q, lambda s: s.sum((1, 2)) * math.nan, 2, seeded()),
+            "the guide's gradient has",
+        ),
         (
             lambda: straight_through_gradient(Q, lambda s: s.sum(), 2, seeded()),
             "one number for each sequence",

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gradmatch.core.checks import InputError
-from gradmatch.core.networks import active_dropout, build, has_batchnorm, output_width, seeded
+from gradmatch.core.networks import active_dropout, build, float_type, has_batchnorm, output_width, seeded
 
 
 def factory():
@@ -64,3 +64,14 @@ def test_questions_asked_of_a_network():
     assert int(net[1].num_batches_tracked) == 0
     with pytest.raises(InputError, match="logits of shape"):
         output_width(nn.Identity(), torch.zeros(3, 1, 2, 2))
+
+
+def test_the_type_of_a_network_is_that_of_its_first_floats():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
+            self.line = nn.Linear(1, 1).double()
+
+    assert float_type(Whole()) == torch.float64
+    assert float_type(nn.ReLU()) == float_type(abs) == torch.float32

@@ -121,6 +121,22 @@ def test_nan_stops_with_the_step_named() -> None:
     assert len(weights) == 3
 
 
+def test_a_gradient_that_is_not_finite_is_never_kept_nor_returned(tmp_path) -> None:
+    module = nn.Linear(1, 1)
+    nn.init.zeros_(module.weight)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return module.weight.square().sum().sqrt()  # 0, and its slope is 0 / 0
+
+    run = RunFolder(tmp_path / "run", {})
+    with pytest.raises(InputError, match=r"weights that are NaN or infinite \(1 of them\) after step 1"):
+        train(module, loss, 1)
+    nn.init.zeros_(module.weight)
+    with pytest.raises(InputError, match="after step 1"):
+        train(module, loss, 5, run=run, save_every=0)
+    assert run.load() is None
+
+
 def test_bad_data_stop_with_the_step_named() -> None:
     module, count = nn.Linear(1, 1), [0]
 

@@ -403,6 +403,7 @@ def test_straightening_any_kind_of_prediction_aims_at_the_fine_trajectory() -> N
         (lambda: bellman_steps(bent, randn(3, 2), 2, path=EDM()), "EDM has no times of its own"),
         (lambda: bellman_steps(bent, randn(3, 2), 2, cost="l1"), "cost is 'l1'"),
         (lambda: bellman_steps(bent, randn(0, 2), 2), "x0 is empty"),
+        (lambda: bellman_steps(bent, randn(3, 2), 2, chunk=-1), "chunk is -1"),
         (lambda: bellman_steps(lambda x, t: x[:, :1], randn(3, 2), 2), "must give that of x"),
         (lambda: bellman_steps(lambda x, t: x * torch.nan, randn(3, 2), 2), "NaN"),
         (lambda: bellman_steps("v", randn(3, 2), 2), "velocity is a str"),

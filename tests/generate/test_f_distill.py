@@ -443,3 +443,29 @@ def test_warnings() -> None:
         FDistill(Record(0), divergence="rkl", schedule=EDM(), kind="x0", ends=(0.1, 2.0))
     with pytest.warns(UserWarning, match="lags behind"):
         built(lr=1e-3, fake_lr=1e-4)
+
+
+def test_double_precision_all_through() -> None:
+    torch.manual_seed(0)
+    distill = FDistill(
+        mlp_velocity(2, (8,)).double(), discriminator="features", student_every=2, r1=1.0, **TEACHER
+    )
+    for _ in range(2):
+        distill.step(torch.randn(8, 2))
+    assert distill.sample(3, shape=(2,)).dtype == torch.float64
+
+
+def test_networks_that_are_one_and_the_same_are_refused() -> None:
+    net = mlp_velocity(2, (8,))
+    for options in ({"student": net}, {"fake": net}):
+        with pytest.raises(InputError, match="share a network"):
+            FDistill(net, divergence="rkl", **TEACHER, **options)
+    other = mlp_velocity(2, (8,))
+    with pytest.raises(InputError, match="share a network"):
+        FDistill(net, other, other, divergence="rkl", **TEACHER)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    distill = FDistill(mlp_velocity(2, (8,)), discriminator="features", **TEACHER)
+    with pytest.raises(InputError, match="one example is needed"):
+        distill.step(torch.randn(0, 2))

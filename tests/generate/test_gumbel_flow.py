@@ -231,3 +231,37 @@ def test_wrong_uses_are_refused():
         GumbelSimplexFlow(lambda x, t: x[..., :2], 3).sample(2, 4, generator=seeded())
     with pytest.raises(InputError, match="decode is 'mode'"):
         flow.sample(2, 4, decode="mode", generator=seeded())
+
+
+def test_guided_euler_steps_that_leave_the_simplex_are_put_back_before_logarithms():
+    prior = torch.tensor([0.7, 0.1, 0.1, 0.05, 0.05])
+    flow = exact(prior, path="consistent")
+    for steps in (3, 7):
+        found = flow.sample(
+            64,
+            3,
+            steps=steps,
+            integrator="euler",
+            guide=lambda s: s[..., 4].sum(1),
+            guide_scale=1.0,
+            generator=seeded(),
+        )
+        assert torch.allclose(found.x.sum(-1), torch.ones(64, 3))
+
+
+def test_tokens_of_any_whole_type_and_networks_of_any_precision():
+    torch.manual_seed(0)
+    net = Tiny(6)
+    flow, tokens = GumbelSimplexFlow(net, 6), torch.tensor([[0, 1, 2, 5]])
+    wanted = flow.loss(tokens, generator=seeded()), flow.score_loss(tokens, generator=seeded())
+    for kind in (torch.uint8, torch.int32):
+        got = (
+            flow.loss(tokens.to(kind), generator=seeded()),
+            flow.score_loss(tokens.to(kind), generator=seeded()),
+        )
+        assert [float(v.detach()) for v in got] == [float(v.detach()) for v in wanted]
+    flow = GumbelSimplexFlow(net.double(), 6)
+    assert float(flow.loss(tokens, generator=seeded()).detach()) == pytest.approx(
+        float(wanted[0].detach()), abs=1e-5
+    )
+    assert flow.sample(2, 4, steps=3, generator=seeded()).tokens.shape == (2, 4)

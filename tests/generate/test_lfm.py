@@ -523,3 +523,47 @@ def test_refusals(make: Any, says: str) -> None:
 def test_a_loader_cannot_be_resumed(tmp_path: Any) -> None:
     with pytest.raises(InputError, match="give arrays to resume"):
         flow_of().fit([X], 2, run=RunFolder(tmp_path, {}))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_networks_of_another_precision_are_trained_and_sampled(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    flow = LatentFlow(None, mlp_velocity(16, (8,)).to(kind), "auto")
+    flow.fit(rand(8, 1, 4, 4), 3, batch=4)
+    images = flow.sample(2, solver="heun", steps=2).images
+    assert images.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    single = LatentFlow(None, mlp_velocity(16, (8,)), 1.0)
+    assert float(single.loss(rand(8, 1, 4, 4).double(), generator=seeded())) > 0
+
+
+def test_double_precision_keeps_its_digits() -> None:
+    net = mlp_velocity(16, (8,)).double()
+    x = rand(4, 1, 4, 4).double()
+    flow = LatentFlow(None, net, 1.0)
+    z1 = torch.randn(x.shape, generator=seeded(), dtype=x.dtype)
+    g = seeded()
+    torch.randn(x.shape, generator=g, dtype=x.dtype)
+    t = torch.rand(4, generator=g).double()
+    wide = t.reshape(-1, 1, 1, 1)
+    wanted = (net((1 - wide) * x + (1e-5 + (1 - 1e-5) * wide) * z1, t) - (1 - 1e-5) * z1 + x).square().mean()
+    assert float(flow.loss(x, generator=seeded())) == pytest.approx(float(wanted), abs=1e-14)
+
+
+def test_batches_of_a_hugging_face_loader() -> None:
+    rows = [{"pixel_values": rand(3, 1, 4, 4), "labels": torch.tensor([0, 1, 2])}]
+    flow = LatentFlow(None, mlp_velocity(16, (8,), classes=3), 1.0, condition=Labels(3))
+    assert len(flow.fit(rows, 3).losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (torch.ones(4, 1, 4, 4).byte(), "data is torch.uint8"),
+        (torch.ones(0, 1, 4, 4), "one image or more"),
+        (iter([torch.ones(4, 1, 4, 4)]), "an iterator ends once"),
+        ([torch.ones(0, 1, 4, 4)], "x is empty"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(data: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        LatentFlow(None, mlp_velocity(16, (8,)), 1.0).fit(data, 3, batch=2)

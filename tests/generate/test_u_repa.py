@@ -355,3 +355,68 @@ def test_grids_that_are_no_squares_or_in_no_whole_ratio_can_be_given() -> None:
     model(X)
     with pytest.raises(InputError, match="product"):
         align.loss(torch.randn(4, 25, 5))
+
+
+def test_blocks_of_sd3_and_flux_are_read_for_their_image_and_not_their_text() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sd3 = diffusers.SD3Transformer2DModel(
+        sample_size=4, patch_size=1, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=4,
+        num_attention_heads=2, caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=6,
+    )  # fmt: skip
+    flux = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
+        joint_attention_dim=8, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    z, words, pooled, t = (
+        torch.randn(2, 4, 4, 4),
+        torch.randn(2, 5, 8),
+        torch.randn(2, 6),
+        torch.tensor([0.2, 0.7]),
+    )
+    given = {"encoder_hidden_states": words, "pooled_projections": pooled}
+    ids = {"txt_ids": torch.zeros(5, 3), "img_ids": torch.zeros(16, 3)}
+    runs = [(sd3, k, lambda: sd3(z, timestep=1000 * t, **given)) for k in (0, 1, 2)]
+    runs += [(flux, 1, lambda: flux(z.flatten(2).mT, timestep=t, **given, **ids))]
+    teacher = nn.Conv2d(3, 6, 1).eval().requires_grad_(False)
+    for net, position, run in runs:
+        align = FeatureAlignment(net, "transformer_blocks", teacher, 8, 6, position, hidden=8)
+        block: nn.Module = net.transformer_blocks[position]
+        seen: list[Any] = []
+        handle = block.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        run()
+        handle.remove()
+        assert align._seen[0] is seen[0][1]  # (text or None, image)
+        assert torch.isfinite(align.loss(torch.randn(2, 3, 4, 4))["total"])
+        align.remove()
+
+
+def test_a_block_that_gives_several_alike_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mid_block = Twice()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mid_block(x)[0]
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    net = Two()
+    align = FeatureAlignment(net, dim_in=3, dim_out=6)
+    with pytest.raises(InputError, match="2 of them shaped as its input"):
+        net(X)
+    align.remove()
+
+
+def test_features_that_are_not_finite_stop_it_and_double_precision_is_kept() -> None:
+    net = Small()
+    align = FeatureAlignment(net, dim_out=5, hidden=8)
+    net(X)
+    with pytest.raises(InputError, match="the alignment loss has"):
+        align.loss(torch.full((4, 16, 5), torch.nan))
+    net(X)
+    align.double()
+    assert align.loss(torch.randn(4, 16, 5))["total"].dtype == torch.float64

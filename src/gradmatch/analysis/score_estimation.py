@@ -117,7 +117,7 @@ class DenoisingRegression:
         self.clip = None if clip is None else checks.positive("clip", clip)
         self.resample, self.seed = bool(resample), checks.whole("seed", seed, least=0)
         largest = float(self.data.norm(dim=1).max())
-        self.radius = largest if radius is None else checks.positive("radius", radius)
+        self.radius = largest if radius is None else checks.nonnegative("radius", radius)
         checks.require(
             largest <= self.radius * (1 + 1e-6),
             f"data reaches {largest:.4g} from 0, and radius is {radius}; it must hold all data.",

@@ -73,6 +73,21 @@ def path_times(scheduler: Any) -> Tensor:
     return as_times(reader(scheduler).times())
 
 
+def scheduled(scheduler: Any, steps: int, **options: Any) -> Tensor:
+    """The path's times (steps + 1,) after ``set_timesteps``; ``options`` are its others (``mu``).
+
+    Raises:
+        InputError: a scheduler that shifts its times by the size of the image, and no ``mu``.
+    """
+    checks.require(
+        not scheduler.config.get("use_dynamic_shifting") or "mu" in options,
+        "scheduler shifts its times by the image's size (use_dynamic_shifting=True); name the times themselves, or "
+        "build it with use_dynamic_shifting=False and the shift.",
+    )
+    scheduler.set_timesteps(checks.whole("steps", steps), **options)
+    return path_times(scheduler)
+
+
 class Reader:
     """How one class of schedulers is read: its path, times, and what its networks are given."""
 

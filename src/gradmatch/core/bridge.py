@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmatch.core import checks
-from gradmatch.core._schedulers import noise_path, path_times, prediction_kind, reader
+from gradmatch.core._schedulers import noise_path, path_times, prediction_kind, reader, scheduled
 from gradmatch.core.guidance import GradientGuide
 from gradmatch.core.path import Prediction
 from gradmatch.core.sampler import as_times
@@ -23,6 +24,7 @@ __all__ = [
     "noise_path",
     "path_times",
     "prediction_kind",
+    "scheduled",
     "to_scheduler",
 ]
 
@@ -59,8 +61,7 @@ class Denoiser:
 
     def times(self, steps: int) -> Tensor:
         """The scheduler's own times for so many steps, (steps + 1,) from noise to data."""
-        self.scheduler.set_timesteps(checks.whole("steps", steps))
-        return path_times(self.scheduler)
+        return scheduled(self.scheduler, steps)
 
     def start(self, noise: Tensor) -> Tensor:
         """``noise`` at the scheduler's first level, as its pipelines start."""
@@ -153,13 +154,18 @@ class GuideCallback:
         if index == 0:
             self._path, self._times = noise_path(pipe.scheduler), path_times(pipe.scheduler).tolist()
             first = float(getattr(pipe.scheduler, "init_noise_sigma", 1.0))
-            self._before = self.latents.to(kwargs["latents"]) * first
+            self._before = self.latents.to(kwargs["latents"]).to(_fine(kwargs["latents"])) * first
         t, t_next = self._times[index], self._times[index + 1]
         path = self._path
-        after, before = kwargs["latents"], self._before
+        given, before = kwargs["latents"], self._before
+        after = given.to(before.dtype)  # x0 is a small difference of latents: not in half precision
         said = path.aim("x0", before, after, t, t_next)
         moved = self.guide.wrap(lambda *_: said, path)(before, t)
         if moved is not said:
-            after = path.step(before, moved, t, t_next)
-        self._before = after
-        return {"latents": after}
+            given = path.step(before, moved, t, t_next).to(given.dtype)
+        self._before = given.to(before.dtype)
+        return {"latents": given}
+
+
+def _fine(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -91,6 +91,15 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def floating(name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` if it is floating point, finite, and has an entry or more."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        raise InputError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be floating point and not empty."
+        )
+    return finite(name, tensor)
+
+
 def same_length(name_a: str, a: Any, name_b: str, b: Any) -> None:
     """Refuse two sequences of different length."""
     if len(a) != len(b):

@@ -129,6 +129,9 @@ class GradientGuide(Hook):
             if place is None:
                 place = x0 = x0.detach().requires_grad_()
             total = self._loss(x0, path)
+            checks.require(
+                total.requires_grad, "the guide's losses have no gradient in x0; one must depend on it."
+            )
             (g,) = torch.autograd.grad(total, place)
         return unit_rms(checks.finite("the guide's gradient", g))
 
@@ -236,6 +239,7 @@ def straight_through_gradient(
         )
         checks.require(value.requires_grad, "the guide's value has no gradient; it must be differentiable.")
         (a,) = torch.autograd.grad(value.sum(), hot)
+    checks.finite("the guide's gradient", a)
     a = a.reshape(samples, n, length, k).mean(0)
     return q * (a - (q * a).sum(-1, keepdim=True))
 

@@ -84,6 +84,16 @@ def output_width(module: nn.Module, x: Tensor) -> int:
     return int(out.shape[1])
 
 
+def float_type(module: object) -> torch.dtype:
+    """The type of a module's first floating-point parameter; float32 for anything else.
+
+    >>> float_type(nn.Linear(2, 2).double())
+    torch.float64
+    """
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
 def draws_random_numbers(module: nn.Module, x: Tensor) -> bool:
     """Whether a forward pass in the module's present mode draws from the global CPU generator (left as found)."""
     before = torch.random.get_rng_state()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,8 @@ def train(
         save_every: seconds between states kept.
 
     Raises:
-        InputError: options out of range, nothing to train, or a loss that is not a finite scalar; its step is named.
+        InputError: options out of range, nothing to train, or a loss that is not a finite scalar, or weights that
+            are not finite where they are kept or the run ends; the step is named.
 
     >>> line = nn.Linear(1, 1)
     >>> found = train(line, lambda g: (line(torch.ones(4, 1)) - 3).square().mean(), 200, lr=0.1)
@@ -111,7 +112,10 @@ def train(
                 if progress is not None:
                     progress(step + 1, steps, {"loss": losses[-1]})
                 last = step + 1 == steps
-                if run is not None and (last or time.monotonic() - saved >= save_every):
+                due = run is not None and time.monotonic() - saved >= save_every
+                if last or due:
+                    require_finite_weights("module has weights", trained, step + 1)
+                if run is not None and (last or due):
                     run.save(step + 1, kept.tensors())
                     saved = time.monotonic()
                 if after is not None:
@@ -127,6 +131,16 @@ def seed_of(seed: int, step: int) -> int:
     z = (seed * 0x100000001B3 + step + 1) * _MIXER % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     return (z ^ (z >> 27)) % 2**63
+
+
+def require_finite_weights(what: str, weights: Iterable[Tensor], step: int) -> None:
+    """Refuse weights that a gradient without a finite value has left, though the loss was finite."""
+    bad = sum(int((~w.detach().isfinite()).sum()) for w in weights)
+    checks.require(
+        bad == 0,
+        f"{what} that are NaN or infinite ({bad} of them) after step {step}: its loss was finite and its gradient "
+        "was not; training stops there.",
+    )
 
 
 def _seed_globally(seed: int) -> None:

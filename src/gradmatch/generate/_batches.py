@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ def drawn(
             run is None, "data is a loader, whose order no folder can bring back; give arrays to resume."
         )
         return _streamed(data, condition, cond)
+    checks.require(
+        len(images) > 0 and images.is_floating_point(),
+        f"data is {images.dtype} of shape {tuple(images.shape)}; it must be floating point, one image or more.",
+    )
     checks.finite("data", images)
     source: Tensor | Moments = images
     if not isinstance(condition, Inpainting):
@@ -95,10 +99,17 @@ def _streamed(data: Any, condition: Condition, cond: Any) -> Callable[[torch.Gen
 
 
 def forever(data: Iterable[Any]) -> Iterator[tuple[Tensor, Any]]:
-    """(examples, what comes with them or None) of a loader's batches, which is gone through again and again."""
+    """(examples, what comes with them or None) of a loader's batches, which is gone through again and again.
+
+    A batch is a tensor, a sequence of tensors or a mapping of them; of the last two the first is the examples.
+    """
     while True:
         empty = True
         for rows in data:
             empty = False
+            rows = list(rows.values()) if isinstance(rows, Mapping) else rows  # Hugging Face's batches
             yield (rows, None) if isinstance(rows, Tensor) else (rows[0], rows[1] if len(rows) > 1 else None)
-        checks.require(not empty, "data is empty; at least one batch is needed.")
+        checks.require(
+            not empty,
+            "data is empty; at least one batch is needed (an iterator ends once: give a list or a loader).",
+        )

@@ -103,7 +103,7 @@ class Discriminator:
             (slope,) = torch.autograd.grad(total, noised, create_graph=True)
             return loss + self.r1 * slope.square().flatten(1).sum(1).mean()
         if self.r1:
-            shake = torch.randn(data.shape, generator=generator, device=data.device)
+            shake = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
             near = path.sample(data + _SHAKE * shake, noise, t)
             return loss + self.r1 * (told - self.logits(model, near, t, cond, False)).square().mean()
         return loss
@@ -141,7 +141,7 @@ class FeatureHead(nn.Module):
             self.heads = nn.ModuleList(
                 nn.Sequential(nn.LayerNorm(w), nn.Linear(w, w), nn.SiLU(), nn.Linear(w, 1)) for w in widths
             )
-        self.to(features[0].device)
+        self.to(features[0])
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         found = [head(_last(h)).flatten(1) for head, h in zip(self.heads, features, strict=True)]

@@ -90,9 +90,10 @@ def bellman_steps(
         callable(cost) or cost == "l2", f"cost is {cost!r}; it must be 'l2' or a distance of two batches."
     )
     checks.require(len(x0) > 0, "x0 is empty; at least one sample is needed.")
+    chunk = len(x0) if chunk is None else checks.whole("chunk", chunk)
     own, distance = not callable(cost), cost if callable(cost) else None
     solver, table = Solver(times, "ddim"), torch.zeros(k_max + 1, k_max + 1, dtype=torch.float64)
-    for index in torch.split(torch.arange(len(x0)), chunk or len(x0)):
+    for index in torch.split(torch.arange(len(x0)), chunk):
         with in_eval(velocity):
             run = solver.run(model, path, x0[index], cond=part(cond, index, len(x0)), record=True)
         assert run.states is not None

@@ -138,7 +138,7 @@ class ResShift(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images: themselves, without an autoencoder."""
         if self.codec.autoencoder is None:
-            return checks.finite("images", images)
+            return checks.floating("images", images)
         return self.codec.latents(images, self._generator)
 
     def x0(self, x: Tensor, t: Tensor, y: Tensor, lr: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ class ResShift(nn.Module):
             ema: decay of averaged weights, which replace the trained ones at the end.
             steps, batch, rate, schedule, seed, progress, run: as in :func:`gradmatch.core.training.train`.
         """
-        checks.finite("hr", hr)
+        checks.floating("hr", hr)
         if isinstance(lr, Tensor):
             checks.same_length("hr", hr, "lr", lr)
-            self._check_pair(hr, checks.finite("lr", lr))
+            self._check_pair(hr, checks.floating("lr", lr))
 
         def loss(generator: torch.Generator) -> Tensor:
             index = torch.randint(len(hr), (batch,), generator=generator, device=generator.device).to(
@@ -324,7 +324,7 @@ class ResShift(nn.Module):
     @torch.no_grad()
     def pairs(self, lr: Tensor, hr: Tensor | None = None, *, seed: int = 0, chunk: int = 256) -> PairStore:
         """{"lr", "start", "x0"[, "hr"]}: where this model's T deterministic steps go from one noise for each image."""
-        checks.finite("lr", lr)
+        checks.floating("lr", lr)
         parts = []
         for k, small in enumerate(torch.split(lr, chunk)):
             start, y = self._start(small, None, seed_of(seed, k))

@@ -38,7 +38,7 @@ from gradmatch.core.path import AffinePath
 from gradmatch.core.regress import gradient_loss
 from gradmatch.core.sampler import Model
 from gradmatch.core.store import RunFolder
-from gradmatch.core.training import Progress, TrainState, seed_of
+from gradmatch.core.training import Progress, TrainState, require_finite_weights, seed_of
 from gradmatch.generate._common import as_model, in_eval
 from gradmatch.generate._discriminator import Discriminator
 from gradmatch.generate._noise_times import NoiseTimes, Times, copied, drawn
@@ -125,6 +125,12 @@ class FDistill:
         self._teacher, self.path = _declared(teacher, schedule, kind)
         self.student = copied(teacher) if student is None else student
         self.fake = copied(teacher) if fake is None else fake
+        modules = [m.module if isinstance(m, Denoiser) else m for m in (teacher, self.student, self.fake)]
+        own = [m for m in modules if isinstance(m, nn.Module)]
+        checks.require(
+            len({id(m) for m in own}) == len(own),
+            "teacher, student and fake share a network; each must be its own (None makes a copy of the teacher).",
+        )
         said = str(kind or getattr(teacher, "kind", None))
         self._student, self._fake = (as_model(m, self.path, said)[0] for m in (self.student, self.fake))
         self.guide: Model = self._teacher
@@ -156,7 +162,8 @@ class FDistill:
         checks.require("student" in self.states, "student has no parameters; there is nothing to train.")
         others = "fake" in self.states or self.discriminator is not None
         self.student_every = checks.whole("student_every", student_every, 2 if others else 1)
-        self.device = next(iter(self.states["student"].now.values())).device
+        first = next(iter(self.states["student"].now.values()))
+        self.device, self.dtype = first.device, torch.promote_types(first.dtype, torch.float32)
 
     def step(
         self, real: Tensor | None = None, cond: Any = None, *, shape: tuple[int, ...] | None = None
@@ -180,13 +187,16 @@ class FDistill:
             "real is None; a discriminator needs data, and without one give shape=(n, ...).",
         )
         size = tuple(real.shape) if real is not None else tuple(shape or ())
+        checks.require(bool(size) and size[0] > 0, f"the batch is of shape {size}; one example is needed.")
         cond = self.cond if cond is None else cond
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, self.iteration))
         if real is not None:
-            real = checks.finite("real", real.to(self.device))
+            real = checks.finite("real", real.to(self.device, self.dtype))
         self._ready(size, cond)
-        z, noise = (torch.randn(size, generator=generator, device=self.device) for _ in range(2))
-        t = self.times.draw(size[0], generator)
+        z, noise = (
+            torch.randn(size, generator=generator, device=self.device, dtype=self.dtype) for _ in range(2)
+        )
+        t = self.times.draw(size[0], generator).to(self.dtype)
         self.iteration += 1
         with in_eval(self.teacher), torch.enable_grad():
             if self.iteration % self.student_every == 0:
@@ -210,7 +220,7 @@ class FDistill:
         if not isinstance(z, Tensor):
             checks.require(shape is not None, "shape is None; a number of samples needs the shape of one.")
             generator = torch.Generator().manual_seed(self.seed)
-            z = torch.randn(checks.whole("z", z), *(shape or ()), generator=generator)
+            z = torch.randn(checks.whole("z", z), *(shape or ()), generator=generator, dtype=self.dtype)
         z = checks.finite("z", z).to(self.device)
         state = self.states["student"]
         now = {k: p.detach().clone() for k, p in state.now.items()} if state.shadow else {}
@@ -255,7 +265,11 @@ class FDistill:
                 figures.append(found_now)
             if progress is not None:
                 progress(self.iteration, iterations, found_now)
-            if run is not None and (self.iteration % save_every == 0 or self.iteration == iterations):
+            last = self.iteration == iterations
+            if last or (run is not None and self.iteration % save_every == 0):
+                for name, state in self.states.items():
+                    require_finite_weights(f"{name} has weights", state.now.values(), self.iteration)
+            if run is not None and (last or self.iteration % save_every == 0):
                 run.save(self.iteration, self.tensors())
         return figures
 
@@ -309,8 +323,8 @@ class FDistill:
             said = self._fake(x_t, t, cond)
             losses["fake"] = (said.tensor - self.path.target(said.kind, x0, noise, t)).square().mean()
         if self.discriminator is not None and real is not None:
-            t_real = self.times.draw(len(real), generator)
-            own = torch.randn(real.shape, generator=generator, device=real.device)
+            t_real = self.times.draw(len(real), generator).to(self.dtype)
+            own = torch.randn(real.shape, generator=generator, device=real.device, dtype=self.dtype)
             losses["discriminator"] = self.discriminator.loss(
                 self._teacher, self.path, (real, own, t_real), (x_t, t), cond, generator
             )
@@ -353,8 +367,8 @@ class FDistill:
         """Build a head on the teacher's features once their shapes can be seen."""
         if self.discriminator is None:
             return
-        x = torch.zeros(size, device=self.device)
-        t = torch.full((size[0],), self.times.ends[1], device=self.device)
+        x = torch.zeros(size, device=self.device, dtype=self.dtype)
+        t = torch.full((size[0],), self.times.ends[1], device=self.device, dtype=self.dtype)
         with in_eval(self.teacher):
             made = self.discriminator.build(self._teacher, x, t, cond, self.seed)
         if made:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.guidance import StraightThroughGuide
+from gradmatch.core.networks import float_type
 from gradmatch.core.path import Prediction
 from gradmatch.core.sampler import Hook, Solver, State
 from gradmatch.core.simplex import GumbelPath, gumbel_noise, on_simplex
@@ -99,7 +100,7 @@ class GumbelSimplexFlow(nn.Module):
         )
         t = torch.rand(len(tokens), generator=generator, device=generator.device).to(tokens.device)
         noise = gumbel_noise(*tokens.shape, self.k, generator=generator, device=tokens.device)
-        hot = F.one_hot(tokens.clamp(0, self.k - 1), self.k).to(noise)
+        hot = F.one_hot(tokens.long().clamp(0, self.k - 1), self.k).to(noise)
         return self._padded(self.path.sample(hot, noise, t), mask), t
 
     def loss(
@@ -122,7 +123,9 @@ class GumbelSimplexFlow(nn.Module):
         logits = self._logits(x, t, cond)
         if mask is not None:
             logits, tokens = logits[mask], tokens[mask]
-        return checks.finite("the loss", F.cross_entropy(logits.reshape(-1, self.k), tokens.reshape(-1)))
+        return checks.finite(
+            "the loss", F.cross_entropy(logits.reshape(-1, self.k), tokens.reshape(-1).long())
+        )
 
     def score_loss(
         self,
@@ -136,7 +139,7 @@ class GumbelSimplexFlow(nn.Module):
         x, t = self.noised(tokens, mask, generator)
         at = self.path.amount(t).reshape(-1, 1, 1)
         truth = self.path.weights(
-            self.path.beta * at * F.one_hot(tokens.clamp(0, self.k - 1), self.k).to(x), x, t
+            self.path.beta * at * F.one_hot(tokens.long().clamp(0, self.k - 1), self.k).to(x), x, t
         )
         error = (self.path.weights(self._logits(x, t, cond), x, t) - truth).square().sum(-1)
         return checks.finite("the loss", (error if mask is None else error[mask]).mean())
@@ -187,8 +190,6 @@ class GumbelSimplexFlow(nn.Module):
         checks.one_of("decode", decode, DECODERS)
         checks.positive("temperature", temperature)
         hooks: list[Hook] = [_Fixed(mask)] if mask is not None else []
-        if integrator == "euler":
-            hooks.insert(0, _Normalised())
         if guide is not None:
             own = StraightThroughGuide(
                 guide, guide_scale, samples=guide_samples, at=guide_at,
@@ -197,6 +198,8 @@ class GumbelSimplexFlow(nn.Module):
             hooks.insert(0, own)
         else:
             _drawn_seed(generator)  # so that a guide of scale 0 leaves all that follows as it is
+        if integrator == "euler":
+            hooks.insert(0, _Normalised())  # before the guide, which takes logarithms
         noise = gumbel_noise(n, length, self.k, generator=generator, device=device)
         start = self._padded(self.path.prior(noise), mask)
         solver = Solver(torch.linspace(0, 1, checks.whole("steps", steps) + 1), INTEGRATORS[integrator])
@@ -264,12 +267,15 @@ class GumbelSimplexFlow(nn.Module):
         return Prediction("posterior", self._logits(x, t, cond).softmax(-1))
 
     def _logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        logits = self.denoiser(x, t) if cond is None else self.denoiser(x, t, cond)
+        given = x
+        if isinstance(self.denoiser, nn.Module) and (own := float_type(self.denoiser)) != x.dtype:
+            given, t = x.to(own), t.to(torch.promote_types(own, torch.float32))
+        logits = self.denoiser(given, t) if cond is None else self.denoiser(given, t, cond)
         checks.require(
             isinstance(logits, Tensor) and logits.shape == x.shape,
             f"denoiser gave {tuple(getattr(logits, 'shape', ()))}; it must give logits shaped as x, {tuple(x.shape)}.",
         )
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, x.dtype))
 
     def _padded(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:

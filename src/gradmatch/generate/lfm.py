@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.guidance import ClassifierFreeGuidance
+from gradmatch.core.networks import float_type
 from gradmatch.core.path import AffinePath, LinearPath, Prediction
 from gradmatch.core.sampler import Hook, Solver
 from gradmatch.core.store import RunFolder
@@ -106,7 +107,10 @@ class LatentFlow(nn.Module):
             generator: of posterior, noise, time and dropout.
         """
         generator = generator or self._generator
+        checks.require(len(x) > 0, "x is empty; at least one image is needed.")
         z0 = self.codec.latents(x, generator)
+        if float_type(self.velocity) == torch.float64:
+            z0 = z0.double()
         self.latent_shape = tuple(z0.shape[1:])
         z1 = torch.randn(z0.shape, generator=generator, device=generator.device, dtype=z0.dtype).to(z0)
         if self.coupling == "ot":
@@ -138,6 +142,9 @@ class LatentFlow(nn.Module):
         """The network as a model of (z, t, prepared condition), for any solver."""
         cond = cond or {}
         given = torch.cat([z, cond["concat"].to(z)], 1) if "concat" in cond else z
+        own = float_type(self.velocity) if isinstance(self.velocity, nn.Module) else z.dtype
+        if own != z.dtype:  # a network in another precision than its latents
+            given, t = given.to(own), t.to(torch.promote_types(own, torch.float32))
         label = (cond["label"].to(z.device),) if "label" in cond else ()
         try:
             said = self.velocity(given, t, *label)
@@ -152,7 +159,7 @@ class LatentFlow(nn.Module):
             isinstance(out, Tensor) and out.shape == z.shape,
             f"velocity gave {tuple(getattr(out, 'shape', ())) or type(out).__name__}; it must give {tuple(z.shape)}.",
         )
-        return Prediction("velocity", out)
+        return Prediction("velocity", out.to(z.dtype))
 
     def moments(self, images: Tensor, batch: int = 256, dtype: torch.dtype = torch.float16) -> Moments:
         """A cache: the posterior of every image, encoded once; samples of it stay random."""
@@ -267,7 +274,8 @@ class LatentFlow(nn.Module):
         )
         generator = torch.Generator().manual_seed(checks.whole("seed", seed, 0))
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        return torch.randn(checks.whole("n", n), *(shape or ()), generator=generator).to(device)
+        kind = torch.promote_types(float_type(self.velocity), torch.float32)
+        return torch.randn(checks.whole("n", n), *(shape or ()), generator=generator, dtype=kind).to(device)
 
     def _times(self, solver: str, steps: int | None, times: Any) -> Any:
         if times is not None:

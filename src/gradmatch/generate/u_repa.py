@@ -45,7 +45,7 @@ class FeatureAlignment(nn.Module):
     Args:
         model: the network that is trained; only read. A network from ``from_diffusers`` is read inside.
         tap: name of the part to read, as in ``named_modules`` or its unique end ("mid_block" by default); its output
-            must be (n, c, h, w) or (n, tokens, c).
+            must be (n, c, h, w) or (n, tokens, c); of a block that gives several tensors, the one shaped as its input.
         teacher: frozen module, clean images -> (n, tokens, d) or (n, d, h, w), such as :class:`PatchTokens`; None where
             only cached features are given.
         dim_in: width at the tap; default what its last convolution or linear layer gives.
@@ -139,6 +139,8 @@ class FeatureAlignment(nn.Module):
         h, grid = self._taken(len(clean))
         y, y_grid = self._features(clean)
         phi, y = self._matched(h, grid, y, y_grid, t)
+        if phi.dtype == torch.float64:
+            y = y.double()
         token = -token_cosine(phi, y)
         a, b = (v.flatten(0, 1)[None] if self.scope == "batch" else v for v in (phi, y))
         manifold = relation_mismatch(a, b, chunk=self.chunk)
@@ -148,7 +150,8 @@ class FeatureAlignment(nn.Module):
                 checks.refuse("t is None; a weight that depends on time needs the batch's times.")
             weight = self.weight(t)
         both = self.token_weight * token + self.manifold_weight * manifold
-        return {"token": token.mean(), "manifold": manifold.mean(), "total": (weight * both).mean()}
+        total = checks.finite("the alignment loss", (weight * both).mean())
+        return {"token": token.mean(), "manifold": manifold.mean(), "total": total}
 
     @torch.no_grad()
     def cache(self, images: Tensor, batch: int = 256, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -262,9 +265,24 @@ def _listen(part: nn.Module, owner: FeatureAlignment) -> Any:
     """A hook that keeps the part's last output for ``owner``; a copy of the model (an average, say) keeps nothing."""
     mine, it = weakref.ref(owner), weakref.ref(part)
 
-    def keep(module: nn.Module, _: Any, out: Any) -> None:
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         align = mine()
         if align is not None and module is it():
-            align._seen[:] = [out[0] if isinstance(out, tuple | list) else out]
+            align._seen[:] = [_hidden(out, kwargs.get("hidden_states", args[0] if args else None))]
 
-    return part.register_forward_hook(keep)
+    return part.register_forward_hook(keep, with_kwargs=True)
+
+
+def _hidden(out: Any, given: Any) -> Tensor:
+    """The image's part of what a block gives: of several tensors (SD3's and Flux's blocks give the text's first)
+    the one shaped as the ``hidden_states`` it was given."""
+    if isinstance(out, Tensor):
+        return out
+    tensors = [o for o in out if isinstance(o, Tensor)]
+    alike = [o for o in tensors if isinstance(given, Tensor) and o.shape == given.shape]
+    checks.require(
+        len(tensors) == 1 or len(alike) == 1,
+        f"the tapped part gives tensors of shapes {[tuple(o.shape) for o in tensors]}, {len(alike)} of them shaped as "
+        "its input; tap a part inside it that gives one.",
+    )
+    return alike[0] if alike else tensors[0]

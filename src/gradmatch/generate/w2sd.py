@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.core import checks
-from gradmatch.core.bridge import Denoiser, from_diffusers, noise_path, path_times, prediction_kind
+from gradmatch.core.bridge import Denoiser, from_diffusers, noise_path, path_times, prediction_kind, scheduled
 from gradmatch.core.guidance import ClassifierFreeGuidance
 from gradmatch.core.path import AffinePath
 from gradmatch.core.sampler import Calls, Solver, Trajectory
@@ -155,8 +155,7 @@ class W2SDCallback:
             f"pipe is a {type(pipe).__name__}; it must have a unet or a transformer, and a scheduler.",
         )
         strong, weak = (_loaded(m, pipe.scheduler) for m in (network, self.weak))
-        pipe.scheduler.set_timesteps(checks.whole("steps", steps), **timesteps)
-        times, path = path_times(pipe.scheduler).tolist(), strong.path
+        times, path = scheduled(pipe.scheduler, steps, **timesteps).tolist(), strong.path
         _same_levels(weak, path, torch.tensor(times))
         hook = Reflection(weak, networks=(network, _network_of(weak) or network), **self.options)
         last, counter = hook.count(len(times) - 1), Calls(len(latents))
@@ -205,8 +204,7 @@ def _network_of(model: Any) -> Any:
 def _grid(model: Any, path: AffinePath, scheduler: Any, steps: int, times: Any) -> Tensor:
     if scheduler is None or times is not None:
         return fine_grid(model, path, True, steps, times)
-    scheduler.set_timesteps(steps)
-    return path_times(scheduler)
+    return scheduled(scheduler, steps)
 
 
 def _same_levels(weak: Any, path: AffinePath, times: Tensor) -> None:

@@ -98,7 +98,7 @@ def pnp(
     checks.positive("tol", tol)
     checks.positive("rho", rho)
     checks.whole("inner", inner)
-    start = AT(checks.finite("y", y))
+    start = AT(checks.floating("y", y))
     _require_adjoint(A, AT, start, y, seed)
     if isinstance(x0, Tensor):
         checks.require(

@@ -203,7 +203,7 @@ def _drawn(data: Any, batch: int) -> Callable[[torch.Generator], Tensor]:
         checks.require(
             data.ndim > 1 and len(data) > 0, f"data has shape {tuple(data.shape)}; it must be (n, ...)."
         )
-        samples = checks.finite("data", data)
+        samples = checks.floating("data", data)
 
         def some(generator: torch.Generator) -> Tensor:
             index = torch.randint(len(samples), (batch,), generator=generator, device=generator.device)
@@ -211,13 +211,13 @@ def _drawn(data: Any, batch: int) -> Callable[[torch.Generator], Tensor]:
 
         return some
     if callable(data) and not hasattr(data, "__iter__"):
-        return lambda generator: checks.finite("data", data(batch, generator))
+        return lambda generator: checks.floating("data", data(batch, generator))
     checks.require(
         hasattr(data, "__iter__") and not hasattr(data, "__next__"),
         f"data is {type(data).__name__}; it must be a tensor, a function of (count, generator) or a loader.",
     )
     batches = _again_and_again(data)
-    return lambda _: checks.finite("data", next(batches))
+    return lambda _: checks.floating("data", next(batches))
 
 
 def _again_and_again(loader: Any) -> Iterator[Tensor]:

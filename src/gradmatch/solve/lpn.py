@@ -92,6 +92,7 @@ class LearnedProx(nn.Module):
         return x, (flat * y.flatten(1)).sum(1) - flat.square().sum(1) / 2 - psi
 
     def _both(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        checks.require(y.is_floating_point(), f"y is {y.dtype}; it must be floating point.")
         graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
             y = y.clone() if y.is_inference() else y
@@ -138,7 +139,7 @@ class LearnedProx(nn.Module):
             where an image is not in the range of f; ``converged`` says which.
         """
         checks.one_of("method", method, INVERSIONS)
-        flat = checks.finite("x", x).detach().flatten(1).double()
+        flat = checks.floating("x", x).detach().flatten(1).double()
         if method == "auto":
             method = "bisection" if flat.shape[1] == 1 else "convex"
         checks.require(
