@@ -218,6 +218,24 @@ class OptimizerContract:
         assert torch.equal(net.unused, before)
         assert net.unused not in optimizer.state
 
+    def test_a_frozen_parameter_is_left_alone(self) -> None:
+        net = Net()
+        net.kernel.requires_grad_(False)
+        optimizer = self.make(net.parameters(), **({"weight_decay": 0.1} if self.has("weight_decay") else {}))
+        kernel, head = net.kernel.clone(), net.head.detach().clone()
+        self.run(net, optimizer, 0, 2)
+        assert torch.equal(net.kernel, kernel)
+        assert not torch.equal(net.head, head)
+
+    def test_a_parameter_without_numbers_does_no_harm(self) -> None:
+        net = Net()
+        net.none = nn.Parameter(torch.zeros(0, 3))  # as of a layer of no units
+        optimizer = self.make(net.parameters())
+        for k in range(2):
+            net.none.grad = torch.zeros(0, 3)
+            self.drive(optimizer, net, *data(k))
+        assert all(bool(p.isfinite().all()) for p in net.parameters())
+
     def test_step_leaves_gradients_and_global_randomness_as_found(self) -> None:
         net = Net()
         optimizer = self.make(net.parameters())

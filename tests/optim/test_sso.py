@@ -360,6 +360,8 @@ def test_wrong_uses_are_refused():
     for forward in (lambda: net(X).detach(), lambda: draw(N, 1).requires_grad_() * 1):
         with pytest.raises(InputError, match="outputs without a graph to the parameters"):
             optimizer().step(forward, squared)
+    with pytest.raises(InputError, match=r"outputs of shape \(0, 1\); a batch needs an example"):
+        optimizer().step(lambda: net(X[:0]), squared)
     with pytest.raises(InputError, match="gave one number for 12 examples"):
         optimizer().step(lambda: net(X), lambda z: squared(z).mean())
     with pytest.raises(InputError, match=r"losses of shape \(12, 1\)"):

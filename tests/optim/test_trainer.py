@@ -23,8 +23,10 @@ from gradmatch.optim import (
     GradNormSmooth,
     Lion,
     LowRankAdamW,
+    ProgramOptimizer,
     TargetSurrogate,
     _protocol,
+    programs,
 )
 from gradmatch.optim._adam import AdamFamily
 from gradmatch.optim._base import OptimizerBase
@@ -63,15 +65,20 @@ MAKE: dict[str, Callable[[Any], OptimizerBase]] = {
     "adam": lambda params: AdamFamily(params, ADAM),
     "adam flat": lambda params: AdamFamily(params, {**ADAM, "flat": True}),
     "lion": lambda params: Lion(params, lr=1e-3, weight_decay=0.1),
+    "lion flat": lambda params: Lion(params, lr=1e-3, weight_decay=0.1, flat=True),
+    "program": lambda params: ProgramOptimizer(params, programs.adamw(), lr=1e-3),
     "diffgrad": lambda params: DiffGrad(params, lr=1e-3),
     "adahessian": lambda params: AdaHessian(params, lr=0.01, block=32, hessian_every=3),
     "gns": lambda params: GradNormSmooth(params, curvature="empirical_fisher"),
     "low rank": lambda params: LowRankAdamW(params, 1e-3, 0.5, residual="error_feedback", update_gap=3),
+    "low rank turned": lambda params: LowRankAdamW(params, 1e-3, 0.5, residual="scaled"),
+    "galore": lambda params: LowRankAdamW(params, 1e-3, 0.5, projector="svd", update_gap=2),
     "sso": lambda params: TargetSurrogate(params, eta=2.0, inner_steps=3),
+    "sso armijo": lambda params: TargetSurrogate(params, eta_schedule="armijo", inner_steps=2),
     "loss closure": lambda params: LossDescent(params, ADAM),
     "output closure": lambda params: OutputDescent(params, ADAM),
 }
-QUIET = ("gns", "sso", "loss closure", "output closure")
+QUIET = ("gns", "sso", "sso armijo", "loss closure", "output closure")
 
 
 def model(dropout: float) -> GPT2LMHeadModel:

@@ -126,7 +126,7 @@ class LowRankAdamW(AdamFamily):
     # --- which matrices, in which shape --------------------------------------------------------------------
 
     def _whole(self, p: Tensor, group: dict[str, Any]) -> bool:
-        return group["rank"] != 0 and p.ndim >= 2 and max(_shape(p)) < group["max_dim"]
+        return group["rank"] != 0 and p.ndim >= 2 and p.numel() > 0 and max(_shape(p)) < group["max_dim"]
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> State:
         return {} if self._whole(p, group) else super()._new_state(p, group)

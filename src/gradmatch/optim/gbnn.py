@@ -260,7 +260,7 @@ class GBNNClassifier(ClassifierMixin, _GBNN):  # type: ignore[misc]
         present = np.unique(index[weight > 0])
         checks.require(
             len(present) > 1,
-            f"y has the single class {self.classes_[present][0]!r}; a classifier needs at least two classes.",
+            f"y has the single class {self.classes_[present].tolist()[0]!r}; a classifier needs at least two classes.",
         )
         if len(self.classes_) == 2:
             self._boost(X, 2.0 * index[:, None] - 1, Binary(), weight)

@@ -164,7 +164,7 @@ class GradNormSmooth(VectorOptimizer):
             for which the two are equal); "empirical_fisher", without the part of weight decay; "diagonal" of "ggn";
             "rank_one", ((power - 2) / (power f)) g g^T, the paper's Fisher term of losses |u|^power / power; "none";
             or x [P] -> H as for :func:`minimize_gns`.
-        metric: B over all parameters, strung together in their order.
+        metric: B over all parameters that are not frozen, strung together in their order.
         gamma0, gamma_min, max_trials: as for :func:`minimize_gns`.
         solver: see :mod:`gradmatch.core.shifted`; "cg" never builds a matrix ("hessian", "ggn", "fisher").
         tol_grad: a gradient of at most this dual norm ends the step without moving.
@@ -229,7 +229,7 @@ class GradNormSmooth(VectorOptimizer):
         """One iteration; returns the loss before it (with weight decay's part)."""
         _protocol.require_closure(self._name, closure, self.protocols)
         assert closure is not None
-        group, params = self.param_groups[0], self._all_params()
+        group, params = self.param_groups[0], [p for p in self._all_params() if p.requires_grad]
         loss, outputs, losses = self._evaluated(closure)
         used = torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
         vector = Vector([p for p, g in zip(params, used, strict=True) if g is not None])
@@ -237,7 +237,8 @@ class GradNormSmooth(VectorOptimizer):
         if self.metric.b is not None:
             require(
                 len(vector.params) == len(params),
-                "metric spans all parameters, and the loss does not depend on all; leave the others out.",
+                "metric spans all parameters that are not frozen, and the loss depends on some alone; leave the "
+                "others out.",
             )
             self.metric.fits(vector.size)
         at = self._point(vector, loss, [g for g in used if g is not None])

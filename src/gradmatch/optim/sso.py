@@ -159,6 +159,10 @@ class TargetSurrogate(VectorOptimizer):
         assert closure is not None
         z, target_loss, outputs = self._first(closure, target_loss)
         require(
+            z.numel() > 0,
+            f"{self._name}.step got outputs of shape {tuple(z.shape)}; a batch needs an example.",
+        )
+        require(
             bool(reached(z, self._all_params())),
             f"{self._name}.step got outputs without a graph to the parameters; compute them from the model with grad "
             "enabled.",
