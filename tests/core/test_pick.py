@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.core.checks import InputError
-from gradmatch.core.kernel import LinearKernel
+from gradmatch.core.kernel import LinearKernel, MatrixKernel
 from gradmatch.core.pick import (
     Picks,
     by_class,
@@ -265,3 +265,19 @@ def test_numpy_and_the_global_generator(rows: Tensor) -> None:
 def test_refuses(call, words: str) -> None:
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_the_matrix_of_features_is_symmetric_to_the_bit_and_equal_to_the_product():
+    rows = torch.nn.functional.normalize(
+        torch.randn(1500, 7, generator=torch.Generator().manual_seed(3)), dim=1
+    )
+    gram = LinearKernel(rows, gram_limit=2**30).gram
+    assert torch.equal(gram, gram.T)
+    assert torch.allclose(gram, rows @ rows.T, atol=1e-6)
+
+
+def test_columns_of_a_matrix_come_the_same_one_by_one_and_together():
+    matrix = torch.randn(40, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for count in (1, 3, 20):
+        columns = torch.randperm(40, generator=torch.Generator().manual_seed(5))[:count]
+        assert torch.equal(MatrixKernel(matrix).whole(columns), matrix[:, columns])

@@ -24,6 +24,8 @@ KernelName = Literal["cosine", "dot"] | BlockKernel
 Kind = Literal["similarity", "features"]
 
 _ROWS_AT_ONCE = 4096
+_PRODUCT_BLOCK = 1024
+_COLUMNS_ONE_BY_ONE = 8
 
 
 def as_float(name: str, source: Any) -> Tensor:
@@ -50,6 +52,19 @@ def _row_norms(features: Tensor, name: str = "features") -> Tensor:
         f"{name} has only zeros in row {checks.listing(zero)}; cosine similarity needs nonzero rows.",
     )
     return norms
+
+
+def _own_products(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` by blocks of one triangle, copied to the other: half the work, and symmetric to the bit."""
+    out = rows.new_empty(len(rows), len(rows))
+    pieces = [slice(s, s + _PRODUCT_BLOCK) for s in range(0, len(rows), _PRODUCT_BLOCK)]
+    for k, upper in enumerate(pieces):
+        for left in pieces[: k + 1]:
+            block = rows[upper] @ rows[left].T
+            out[upper, left] = block
+            if left != upper:
+                out[left, upper] = block.T
+    return out
 
 
 class Kernel(ABC):
@@ -127,7 +142,9 @@ class MatrixKernel(Kernel):
         return self.matrix[item]
 
     def whole(self, columns: Tensor) -> Tensor:
-        return self.matrix.index_select(1, columns)
+        if len(columns) > _COLUMNS_ONE_BY_ONE:
+            return self.matrix.index_select(1, columns)
+        return torch.stack([self.matrix[:, c] for c in columns.tolist()]).T
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
         return self.matrix[rows[:, None], columns].double()
@@ -170,7 +187,8 @@ class LinearKernel(Kernel):
         self.exact_blocks = features.dtype == torch.float64
         self.gram: Tensor | None = None
         if self.items * self.columns * features.element_size() <= gram_limit:
-            self.gram = self._affine(self.features @ self.chosen.T)
+            product = _own_products(self.features) if candidates is None else self.features @ self.chosen.T
+            self.gram = self._affine(product)
 
     @property
     def dtype(self) -> torch.dtype:
