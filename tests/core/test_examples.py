@@ -49,6 +49,12 @@ def test_bytes_become_unit_interval_and_subsets_keep_classes():
     assert got.of_class(1).tolist() == [1]
 
 
+def test_reading_a_loader_leaves_the_global_generator_as_found():
+    before = torch.random.get_rng_state()
+    as_examples(DataLoader(TensorDataset(X, Y), batch_size=2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_shuffling_loader_warns_and_is_read_once():
     with pytest.warns(UserWarning, match="one pass of it is read"):
         as_examples(DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True))

@@ -406,7 +406,10 @@ def rows_with(value: float, *where: int) -> Tensor:
             lambda: quantize(randn(20, 3), torch.tensor([0] * 16 + [1] * 4), n_bins=2, ratio=0.1),
             "ratio is 0.1, but class 1 has 4 items and would keep none",
         ),
-        (lambda: quantize(rows_with(float("nan"), 3), balance=False, n_bins=2), "NaN or infinite"),
+        (
+            lambda: quantize(rows_with(float("nan"), 3, 11), balance=False, n_bins=2),
+            "NaN or infinite values in row 3, 11",
+        ),
         (lambda: quantize(rows_with(0.0, 3, 11), balance=False, n_bins=2), "only zeros in row 3, 11"),
         (lambda: quantize(randn(20, 3), torch.arange(19) % 2, n_bins=2), "20 entries and labels has 19"),
         (lambda: quantize(randn(20, 3)), "balance=True needs the class of every item"),

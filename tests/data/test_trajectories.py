@@ -295,6 +295,23 @@ def test_refusals(buffer: TrajectoryBuffer) -> None:
         TrajectoryMatcher(**SMALL).distill(_data(), GroupNet, buffer=still)
 
 
+def test_what_cannot_be_matched_is_refused_before_experts_are_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("experts were trained")
+
+    monkeypatch.setattr("gradmatch.data._matching.train_experts", never)
+    for net, changes, init, words in (
+        (lambda: GroupNet(norm=nn.BatchNorm2d), {}, None, "batch norm in train mode"),
+        (lambda: GroupNet(drop=0.5), {}, None, "active dropout"),
+        (GroupNet, {"batch_syn": 7}, None, "batch_syn is 7"),
+        (GroupNet, {}, "nowhere", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            TrajectoryMatcher(**SMALL, **changes, experts=EXPERTS).distill(_data(), net, init=init)
+
+
 def test_batch_norm_is_matched_with_batch_statistics_when_allowed() -> None:
     net = lambda: GroupNet(norm=nn.BatchNorm2d)  # noqa: E731
     buffer = train_experts(_data(), net, **EXPERTS)

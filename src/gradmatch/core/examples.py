@@ -144,7 +144,11 @@ def _read_batches(source: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
             f"{name} is a shuffling DataLoader; one pass of it is read and kept, in the order it came.",
             stacklevel=3,
         )
-    batches = [_split_row(batch, name) for batch in source]
+    state = torch.random.get_rng_state()  # a DataLoader draws a seed from the global generator
+    try:
+        batches = [_split_row(batch, name) for batch in source]
+    finally:
+        torch.random.set_rng_state(state)
     checks.require(len(batches) > 0, f"{name} is empty; at least one example is needed.")
     xs = torch.cat([as_tensor(f"{name} inputs", x) for x, _ in batches])
     return xs, torch.cat([as_tensor(f"{name} labels", y).flatten() for _, y in batches])

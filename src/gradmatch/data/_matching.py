@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.augment import SiameseAugment
@@ -163,15 +163,13 @@ class TrajectoryMatcher(Distiller):
         With ``out``, experts trained here are kept in its folder "experts", and ``raw.safetensors`` holds the images
         without averaging. The other arguments are those of :meth:`Distiller.distill`.
         """
-        run, dataset = (
-            copy.copy(self),
-            as_examples(dataset),
-        )  # experts and images read it, an iterator only once
+        run = copy.copy(self)
+        dataset = as_examples(dataset)  # read for the experts and for the images, an iterator only once
         if isinstance(buffer, str | Path):
             buffer = TrajectoryBuffer.load(buffer)
         if buffer is None:
             home = None if out is None else Path(out) / "experts"
-            buffer = run._train_experts(dataset, network, home, resume)
+            buffer = run._train_experts(dataset, network, init, home, resume)
         run._buffer = buffer
         result = super(TrajectoryMatcher, run).distill(
             dataset, network, out=out, resume=resume, init=init, progress=progress
@@ -185,9 +183,10 @@ class TrajectoryMatcher(Distiller):
         return result
 
     def _train_experts(
-        self, dataset: Any, network: Network, out: Path | None, resume: bool
+        self, dataset: Any, network: Network, init: Any, out: Path | None, resume: bool
     ) -> TrajectoryBuffer:
-        real = Distiller.job(self, dataset, network).real
+        base = Distiller.job(self, dataset, network, init)
+        self._student(base)  # what would be refused after hours of training is refused before
         options = {"seed": self.seed, "augment": self.augment, **self.experts, "standardise": False}
         wanted = self.max_start_epoch + self.expert_epochs - 1
         options.setdefault("epochs", max(50, wanted))
@@ -196,7 +195,7 @@ class TrajectoryMatcher(Distiller):
             f"experts have {options['epochs']} epochs; max_start_epoch {self.max_start_epoch} and expert_epochs "
             f"{self.expert_epochs} need at least {wanted}.",
         )
-        return train_experts(real, network, **options, out=out, resume=resume)
+        return train_experts(base.real, network, **options, out=out, resume=resume)
 
     def job(
         self, dataset: Any, network: Network, init: SyntheticDataset | str | Path | None = None
@@ -208,14 +207,19 @@ class TrajectoryMatcher(Distiller):
             checks.refuse("there is no buffer of experts yet; call distill, which trains one or takes yours.")
         buffer.require_segments(self.max_start_epoch, self.expert_epochs)
         require_scaling(buffer, base)
+        net = self._student(base)
+        return MatchJob(**vars(base), buffer=buffer, net=net, space=buffer.require_network(net))
+
+    def _student(self, base: Job) -> nn.Module:
+        """The network that is matched; refuses one that cannot be, and inner batches larger than the set."""
         count = base.real.classes * self.per_class
         checks.require(
             self.batch_syn is None or self.batch_syn <= count,
             f"batch_syn is {self.batch_syn}; there are only {count} synthetic images.",
         )
-        net = build(network, self.seed, base.device).to(base.real.x.dtype).train()
+        net = build(base.network, self.seed, base.device).to(base.real.x.dtype).train()
         require_matchable(net, self.allow_batchnorm, self.allow_dropout)
-        return MatchJob(**vars(base), buffer=buffer, net=net, space=buffer.require_network(net))
+        return net
 
     def start(self, job: Job) -> State:
         """Images at their initial values, the rate, both velocities, and what the options add."""

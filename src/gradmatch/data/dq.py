@@ -181,7 +181,7 @@ class DQ:
             found, kind = torch.cat(parts), "function"
         else:
             found, kind = wanted, "given"
-        matrix = as_float("features", found)
+        matrix = _finite_rows(found)
         checks.require(
             matrix.ndim == 2 and len(matrix) == len(x),
             f"features is of shape {tuple(matrix.shape)}; it must be ({len(x)}, m), a row for each item.",
@@ -210,6 +210,17 @@ class DQ:
         delta = loss_slope(logits, y.to(logits.device), self.double_softmax)
         unit_rows(delta, "features (last-layer gradients)")
         return Rows(delta, h)
+
+
+def _finite_rows(source: Any) -> Tensor:
+    """Floating rows (n, ...); those with NaN or infinity are named by their place."""
+    rows = source.detach() if isinstance(source, Tensor) else as_tensor("features", source)
+    if rows.is_floating_point() and rows.ndim >= 2:
+        bad = torch.nonzero(~rows.flatten(1).isfinite().all(1)).flatten().tolist()
+        checks.require(
+            not bad, f"features has NaN or infinite values in row {checks.listing(bad)}; it must be finite."
+        )
+    return as_float("features", rows)
 
 
 def quantize(
@@ -248,7 +259,7 @@ def quantize(
     if not hasattr(dataset_or_features, "shape"):
         checks.require(labels is None, "labels is given twice; the data set has its own.")
         return dq.select(dataset_or_features, network)
-    x = as_float("features", dataset_or_features)
+    x = _finite_rows(dataset_or_features)
     checks.require(x.ndim >= 2 and len(x) > 0, f"features is of shape {tuple(x.shape)}; it must be (n, m).")
     if x.ndim == 2 and features is None and network is None:
         dq.features = x
