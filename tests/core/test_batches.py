@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from gradmatch.core._batches import OrderedData, examples_of
 from gradmatch.core.problem import Problem
+from gradmatch.weights._fisher_data import First
 
 
 class Linear(nn.Linear):
@@ -28,6 +29,8 @@ def test_a_hugging_face_table_is_read_in_batches_of_tensors(formatted: bool) -> 
     assert torch.equal(torch.cat([b.target for b in batches]), y)
     net = Linear(4, 3)
     assert Problem(net, "cross_entropy", table).n == 11
+    first = list(First(table, 7, 4, whole=False))
+    assert torch.equal(torch.cat([inputs["pixels"] for inputs, _ in first]), x[:7])
 
 
 def test_streams_and_lists_are_no_such_sets() -> None:

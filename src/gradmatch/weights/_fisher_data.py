@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -69,6 +70,17 @@ class _Slices:
         tensors = tree_map(torch.as_tensor, self.data)
         for first in range(0, len(tree_leaves(tensors)[0]), self.size):
             yield tree_map(lambda t: t[first : first + self.size], tensors)  # noqa: B023
+
+
+class Unlabelled:
+    """The inputs of any data, as batches with a target that says nothing."""
+
+    def __init__(self, data: Any, batch_size: int = 512) -> None:
+        self.first = First(data, sys.maxsize, batch_size, whole=False)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for inputs, _ in self.first:
+            yield inputs, torch.zeros(len(tree_leaves(inputs)[0]))
 
 
 class Wrapped(nn.Module):

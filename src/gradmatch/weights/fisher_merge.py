@@ -28,8 +28,9 @@ from gradmatch.core.problem import Problem
 from gradmatch.core.state_dicts import SHARD, write_state_dict
 from gradmatch.core.store import RunFolder
 from gradmatch.core.tap import evaluating
-from gradmatch.weights._fisher_data import First, Scores, Wrapped, is_causal
+from gradmatch.weights._fisher_data import First, Scores, Unlabelled, Wrapped, is_causal
 from gradmatch.weights._merging import Filter, Merging, chosen, plan
+from gradmatch.weights._statistics import reset_statistics, tracking
 
 __all__ = ["fisher_diagonal", "merge", "search"]
 
@@ -177,7 +178,8 @@ def merge(
         favor_target: the floor holds for the target's Fisher alone, so that where all are 0 the target's
             value stays; otherwise for every model's.
         mergeable: pattern or function that chooses the parameters to merge; default all.
-        buffers: "target", "average", or data on which batch-norm statistics are computed anew (modules only).
+        buffers: "target", "average", or data as for :func:`fisher_diagonal`, on which batch-norm statistics
+            are computed anew (modules only).
         out: a .safetensors path or a new folder to write to, in a stream and atomically; the folder also gets
             the target's configuration and tokenizer files.
         shard_bytes, progress: see :func:`gradmatch.core.state_dicts.write_state_dict`.
@@ -220,8 +222,8 @@ def _as_module(target: nn.Module, found: Merging, buffers: Any) -> nn.Module:
     held = module.state_dict()
     for name in found.names | found.averaged:
         held[name].copy_(_whole(found, name))
-    if not isinstance(buffers, str):
-        torch.optim.swa_utils.update_bn(buffers, module)
+    if not isinstance(buffers, str) and tracking(module):
+        module.load_state_dict(reset_statistics(module, held, Unlabelled(buffers)))
     return module
 
 
