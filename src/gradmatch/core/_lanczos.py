@@ -89,8 +89,9 @@ def lanczos(A: Any, start: Any, steps: int) -> Lanczos:
         q = basis[:, j]
         w = finite("a product with A", operator.matvec(q.T)).T
         diagonal[:, j] = torch.where(going, _dots(q, w), 0)
-        before = basis[:, j - 1] * off[:, j - 1, None].to(w.dtype) if j else torch.zeros_like(w)
-        w = w - q * diagonal[:, j, None].to(w.dtype) - before
+        w = torch.addcmul(w, q, diagonal[:, j, None].to(w.dtype), value=-1)
+        if j:
+            w.addcmul_(basis[:, j - 1], off[:, j - 1, None].to(w.dtype), value=-1)
         w = _orthogonal(w, basis[:, : j + 1])
         length = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
         size = torch.maximum(size, torch.maximum(diagonal[:, j].abs(), length))
@@ -108,7 +109,7 @@ def lanczos(A: Any, start: Any, steps: int) -> Lanczos:
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows, in float64."""
-    return (a.double() * b.double()).sum(1)
+    return torch.stack([torch.dot(x, y) for x, y in zip(a.double(), b.double(), strict=True)])
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:
