@@ -484,3 +484,26 @@ def test_arrays_of_double_precision_are_read_by_models_of_single() -> None:
     x = torch.randn(40, 4, dtype=torch.float64)
     found, wanted = (collect(nets, (v, np.zeros(40))) for v in (x.numpy(), x.float()))
     assert torch.equal(found.moments("1").products, wanted.moments("1").products)
+
+
+def test_units_of_one_dimensional_maps_are_channels_and_of_sequences_features() -> None:
+    torch.manual_seed(0)
+    line = nn.Sequential(
+        nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)
+    ).eval()
+    x = torch.randn(20, 2, 6)
+    found = collect([line, line], x)
+    assert found.units["2"] == (5, 5)
+    assert found.moments("2").count == 20 * 4
+    rows = line[:3](x).transpose(1, 2).reshape(-1, 5).detach().double()
+    torch.testing.assert_close(found.moments("2").mean[:5], rows.mean(0))
+    tokens = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Conv1d(2, 5, 3), nn.ReLU()).eval()
+    assert collect([tokens], x).units == {"1": (7,), "3": (5,)}
+
+
+def test_inputs_need_no_targets() -> None:
+    net, x = mlp(4, (6,), 3).eval(), randn(23, 4)
+    name = next(iter(collect([net], x).units))
+    wanted = collect([net], (x, torch.zeros(23))).moments(name)
+    for data in (x, DataLoader(TensorDataset(x), 5), DataLoader(x, 5), list(x.split(5))):  # type: ignore[arg-type]
+        torch.testing.assert_close(collect([net], data).moments(name).products, wanted.products)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
 from gradmatch.core import checks
 from gradmatch.core._batches import OrderedData
@@ -169,7 +170,7 @@ def collect(
 
     Args:
         models: networks, of one architecture or several.
-        data: inputs, with or without use of their labels.
+        data: inputs (one tensor, or a loader of them), or what has targets beside them, which are not looked at.
         layers: names of modules whose outputs are read, the same in all networks; default all nonlinearities
             (``post_activation``) or all linear and convolution layers but the last.
         positions: "all", or how many of a map are drawn for each batch, the same for all networks.
@@ -200,7 +201,7 @@ def collect(
     halves: dict[str, list[Moments]] = {}
     reservoir = {name: _Reservoir(kept, generator) for name in names}
     units: dict[str, tuple[int, ...]] = {}
-    for batch in OrderedData(data, batch_size, check_order=False):
+    for batch in OrderedData(_with_targets(data), batch_size, check_order=False):
         odd = (torch.arange(batch.size) + batch.start) % HALVES == 1
         for name, per_net in _outputs(models, names, batch.inputs, positions, generator).items():
             rows = torch.cat(per_net, -1)
@@ -217,6 +218,27 @@ def collect(
         {k: (a, b) for k, (a, b) in halves.items()},
         {k: r.rows for k, r in reservoir.items() if kept},
     )
+
+
+def _with_targets(data: Any) -> Any:
+    """Targets of nothing beside bare inputs: a tensor, or a loader or list of them."""
+    if isinstance(data, Tensor):
+        return data, torch.zeros(len(data))
+    if isinstance(data, DataLoader) or (isinstance(data, list) and data and isinstance(data[0], Tensor)):
+        return _Targeted(data)
+    return data
+
+
+class _Targeted:
+    """A loader whose bare batches, tensors or singles in a list, come with targets of nothing."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.loader:
+            bare = item[0] if isinstance(item, tuple | list) and len(item) == 1 else item
+            yield (bare, torch.zeros(len(bare))) if isinstance(bare, Tensor) else item
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None, post_activation: bool) -> list[str]:
@@ -255,7 +277,7 @@ def _outputs(
                 model(*(given if isinstance(given, tuple) else (given,)))
             for name in names:
                 checks.require(name in seen, f"models[{len(found[name])}] does not run its module {name!r}.")
-                found[name].append(_rows(seen[name]))
+                found[name].append(_rows(seen[name], _on_lines(model, name)))
     for name, per_net in found.items():
         counts = {r.shape[1] for r in per_net}
         checks.require(
@@ -281,11 +303,29 @@ def _placer(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return place
 
 
-def _rows(output: Tensor) -> Tensor:
+def _rows(output: Tensor, lines: bool) -> Tensor:
     """(examples, positions, units): channels of maps come second, features of tokens and vectors last."""
-    if output.ndim > 3:
+    if output.ndim > 3 or (lines and output.ndim == 3):
         return output.flatten(2).transpose(1, 2)
     return output[:, None] if output.ndim == 2 else output
+
+
+def _on_lines(model: nn.Module, name: str) -> bool:
+    """Whether a module stands behind a one-dimensional convolution, so that (n, a, b) is channels and places.
+
+    Behind a layer of features it is tokens and features; shapes do not tell.
+    """
+    found = reached = False
+    for at, part in model.named_modules():
+        inside = at == name or at.startswith(f"{name}.")
+        if reached and not inside:
+            break
+        reached |= inside
+        if isinstance(part, nn.Conv1d | nn.ConvTranspose1d | nn.BatchNorm1d):
+            found = True
+        elif isinstance(part, nn.Linear | nn.Embedding | nn.LayerNorm | nn.MultiheadAttention):
+            found = False
+    return found
 
 
 class _Reservoir:
