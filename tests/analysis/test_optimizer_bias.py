@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from gradmatch.analysis import (
     Shampoo,
@@ -482,3 +483,16 @@ def test_refusals():
         broken[0].weight[0, 0] = torch.nan
     with pytest.raises(InputError, match=r"parameter 0\.weight has 1 NaN"):
         describe_solution(broken, DATA)
+
+
+def test_one_set_of_data_stands_for_training_and_test():
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),
+        torch.randn(9, 6),
+        torch.arange(9) % 2,
+    )
+    wanted = describe_solution(model, ((x, y), (x, y)), metrics=["fit", "calibration"])
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    for data in ((x, y), [x, y], loader, TensorDataset(x, y)):
+        assert describe_solution(model, data, metrics=["fit", "calibration"]) == wanted

@@ -464,6 +464,7 @@ def test_ritz_vectors_of_a_diagonal_matrix_are_unit_vectors() -> None:
     _, vectors, _ = lanczos(A, A @ torch.ones(12, dtype=torch.float64), 12).ritz()
     assert torch.allclose(vectors.abs(), torch.eye(12).double(), atol=1e-8)
     data = ritz_dataset(A, 12, 4000, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(data, ritz_dataset(A, 12, 4000, 2))  # seed 0 is the default
     assert data.shape == (12, 4000)
     assert torch.allclose(data.norm(dim=0), torch.ones(4000).double())
     energy = data.square().mean(1)

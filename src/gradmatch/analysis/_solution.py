@@ -237,7 +237,8 @@ def describe_solution(
 
     Args:
         model: an ``nn.Module`` that gives logits and ends with an ``nn.Linear``.
-        data: (train, test) labelled data, or an object with both such as a ``Split``.
+        data: (train, test) labelled data, or an object with both such as a ``Split``; one set alone (arrays, a
+            ``Dataset`` or a ``DataLoader``) stands for both.
         start: the network or state it started from.
         metrics: names of the families wanted; default all.
         sample: training examples for margin and flatness.
@@ -250,7 +251,8 @@ def describe_solution(
     """
     from gradmatch.core.examples import as_examples
 
-    train, test = (data.train, data.test) if hasattr(data, "train") else data
+    two = isinstance(data, tuple | list) and len(data) == 2 and not hasattr(data[0], "shape")
+    train, test = (data.train, data.test) if hasattr(data, "train") else data if two else (data, data)
     train = as_examples(train, name="train")
     test = as_examples(test, train.classes, name="test")
     wanted = list(METRICS) if metrics is None else list(metrics)

@@ -52,7 +52,7 @@ def direction_loss(A: Any, r: Float[Tensor, "n b"], f: Float[Tensor, "n b"]) -> 
 
 
 def ritz_dataset(
-    A: Any, m: int, n: int, theta: int, boost: float = 9.0, *, generator: torch.Generator
+    A: Any, m: int, n: int, theta: int, boost: float = 9.0, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "P n"]:
     """``n`` random unit vectors as columns, made of the Ritz vectors of A with the smooth half boosted.
 
@@ -63,8 +63,10 @@ def ritz_dataset(
     Args:
         m: steps of Lanczos; 10,000 for 64^3 and 128^3 as published.
         theta: 500 as published, m / 20.
+        generator: of x and c; default a new one with seed 0.
     """
     operator = as_operator(A)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     start = operator.matvec(torch.randn(operator.shape[1], generator=generator).to(_like(operator)))
     values, vectors, _ = lanczos(operator, start, checks.whole("m", m)).ritz()
     vectors = vectors[:, values > VALUE_FLOOR * values.max()].to(operator.dtype)
