@@ -82,6 +82,8 @@ def test_help_and_catalogue_need_no_heavy_library(words):
         (["evidence", "dcc", "--seeds", "0"], "seeds is 0"),
         (["evidence", "dcc", "--workers", "0"], "--workers is 0"),
         (["board", "--readme", "none.md"], "--readme is 'none.md'"),
+        (["board", "--results", "none"], "'none' does not exist"),
+        (["list", "--results", "none"], "'none' does not exist"),
         (["data", "imagenet"], "NAME is 'imagenet'"),
         (["demo", "--data", "imagenet"], "--data is 'imagenet'"),
     ],

@@ -10,7 +10,10 @@ import typer
 from gradmatch.cli import _show
 
 Results = Annotated[
-    Path | None, typer.Option("--results", help="Folder of recorded results; default the project's.")
+    Path | None,
+    typer.Option(
+        "--results", exists=True, file_okay=False, help="Folder of recorded results; default the project's."
+    ),
 ]
 
 
