@@ -601,3 +601,9 @@ def test_data_with_random_transforms_is_taken_with_a_warning() -> None:
 def test_fixed_data_is_taken_without_one(recwarn: pytest.WarningsRecorder) -> None:
     _run(_Jittered(0.0), steps=1)
     assert not recwarn
+
+
+def test_a_run_that_diverges_names_its_step() -> None:
+    linear = lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, C))  # noqa: E731
+    with pytest.raises(InputError, match=r"step 1: the filter_cosine distance .* must be finite"):
+        DCC(per_class=1, steps=3, net_epochs=1, lr_img=1e38).distill(_data(), linear)

@@ -215,7 +215,10 @@ class DCC(Distiller):
             learner.freeze_statistics(
                 params, buffers, torch.cat(self._real(job, state, _STATISTICS_PER_CLASS))
             )
-        loss = self._update_images(job, state, params, buffers, self.contrastive_at(outer, inner))
+        try:
+            loss = self._update_images(job, state, params, buffers, self.contrastive_at(outer, inner))
+        except checks.InputError as error:
+            raise checks.InputError(f"step {k}: {error}") from error
         if inner < self.inner_loop - 1 and k < self.steps - 1:
             batches = self._training(job, state)
             seed = int(torch.randint(2**62, (1,), generator=_generator(state)))
