@@ -338,3 +338,15 @@ def test_ornstein_uhlenbeck_levels_and_slopes():
     assert plain.levels(torch.zeros(1).double()).sigma.item() == 0
     with pytest.raises(InputError, match="g is 0"):
         OrnsteinUhlenbeck(0)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.1])
+def test_the_straight_pair_is_the_general_one_bit_for_bit(eps: float) -> None:
+    path = LinearPath(eps)
+    g = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(50, 3, 2, generator=g) for _ in range(2))
+    for t in (torch.rand(50, generator=g), 0.3):
+        for got, wanted in zip(
+            path.pair("velocity", x0, noise, t), AffinePath.pair(path, "velocity", x0, noise, t), strict=True
+        ):
+            assert torch.equal(got, wanted)

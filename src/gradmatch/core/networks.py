@@ -84,14 +84,14 @@ def output_width(module: nn.Module, x: Tensor) -> int:
     return int(out.shape[1])
 
 
-def float_type(module: object) -> torch.dtype:
-    """The type of a module's first floating-point parameter; float32 for anything else.
+def first_floats(module: object) -> Tensor | None:
+    """A module's first floating-point parameter, which tells its type; None for anything else.
 
-    >>> float_type(nn.Linear(2, 2).double())
+    >>> first_floats(nn.Linear(2, 2).double()).dtype
     torch.float64
     """
     parameters = module.parameters() if isinstance(module, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    return next((p for p in parameters if p.is_floating_point()), None)
 
 
 def draws_random_numbers(module: nn.Module, x: Tensor) -> bool:

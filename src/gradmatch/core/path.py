@@ -56,6 +56,13 @@ class LinearPath(AffinePath):
         one = torch.ones_like(t)
         return Levels(1 - t, self.eps + (1 - self.eps) * t, -one, (1 - self.eps) * one)
 
+    def pair(self, kind: str, x0: Tensor, noise: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        if kind != "velocity":
+            return super().pair(kind, x0, noise, t)
+        at, left = as_double(t), 1 - self.eps  # the slope is the same at all times
+        alpha, sigma = self._wide(1 - at, x0), self._wide(self.eps + left * at, x0)
+        return alpha * x0 + sigma * noise, left * noise - x0
+
 
 class EDM(AffinePath):
     """Noise added to data that is not scaled: alpha = 1, and t is sigma itself."""

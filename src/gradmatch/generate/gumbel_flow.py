@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.guidance import StraightThroughGuide
-from gradmatch.core.networks import float_type
+from gradmatch.core.networks import first_floats
 from gradmatch.core.path import Prediction
 from gradmatch.core.sampler import Hook, Solver, State
 from gradmatch.core.simplex import GumbelPath, gumbel_noise, on_simplex
@@ -79,6 +79,9 @@ class GumbelSimplexFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self._first = (
+            first_floats(denoiser),
+        )  # a tuple: it is the denoiser's parameter, and tells its precision
         self.k = checks.whole("num_classes", num_classes, least=2)
         checks.one_of("path", path, ("published", "consistent"))
         self.path = GumbelPath(tau_max, decay, beta, signal if path == "consistent" else None)
@@ -268,8 +271,9 @@ class GumbelSimplexFlow(nn.Module):
 
     def _logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         given = x
-        if isinstance(self.denoiser, nn.Module) and (own := float_type(self.denoiser)) != x.dtype:
-            given, t = x.to(own), t.to(torch.promote_types(own, torch.float32))
+        first = self._first[0]
+        if first is not None and first.dtype != x.dtype:
+            given, t = x.to(first.dtype), t.to(torch.promote_types(first.dtype, torch.float32))
         logits = self.denoiser(given, t) if cond is None else self.denoiser(given, t, cond)
         checks.require(
             isinstance(logits, Tensor) and logits.shape == x.shape,

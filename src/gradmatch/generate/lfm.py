@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gradmatch.core import checks
 from gradmatch.core.guidance import ClassifierFreeGuidance
-from gradmatch.core.networks import float_type
+from gradmatch.core.networks import first_floats
 from gradmatch.core.path import AffinePath, LinearPath, Prediction
 from gradmatch.core.sampler import Hook, Solver
 from gradmatch.core.store import RunFolder
@@ -90,6 +90,9 @@ class LatentFlow(nn.Module):
             f"velocity is a {type(velocity).__name__}; it must be a network (z, t) -> dz/dt.",
         )
         self.velocity = velocity
+        self._first = (
+            first_floats(velocity),
+        )  # a tuple: it is the velocity's parameter, and tells its precision
         self.codec = Codec(autoencoder, scale, shift, mean)
         self.path = path or LinearPath(eps=1e-5)
         self.condition = condition or Condition()
@@ -109,7 +112,7 @@ class LatentFlow(nn.Module):
         generator = generator or self._generator
         checks.require(len(x) > 0, "x is empty; at least one image is needed.")
         z0 = self.codec.latents(x, generator)
-        if float_type(self.velocity) == torch.float64:
+        if self._first[0] is not None and self._first[0].dtype == torch.float64:
             z0 = z0.double()
         self.latent_shape = tuple(z0.shape[1:])
         z1 = torch.randn(z0.shape, generator=generator, device=generator.device, dtype=z0.dtype).to(z0)
@@ -142,7 +145,7 @@ class LatentFlow(nn.Module):
         """The network as a model of (z, t, prepared condition), for any solver."""
         cond = cond or {}
         given = torch.cat([z, cond["concat"].to(z)], 1) if "concat" in cond else z
-        own = float_type(self.velocity) if isinstance(self.velocity, nn.Module) else z.dtype
+        own = z.dtype if self._first[0] is None else self._first[0].dtype
         if own != z.dtype:  # a network in another precision than its latents
             given, t = given.to(own), t.to(torch.promote_types(own, torch.float32))
         label = (cond["label"].to(z.device),) if "label" in cond else ()
@@ -274,7 +277,8 @@ class LatentFlow(nn.Module):
         )
         generator = torch.Generator().manual_seed(checks.whole("seed", seed, 0))
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        kind = torch.promote_types(float_type(self.velocity), torch.float32)
+        own = torch.float32 if self._first[0] is None else self._first[0].dtype
+        kind = torch.promote_types(own, torch.float32)
         return torch.randn(checks.whole("n", n), *(shape or ()), generator=generator, dtype=kind).to(device)
 
     def _times(self, solver: str, steps: int | None, times: Any) -> Any:
