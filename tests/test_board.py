@@ -122,9 +122,37 @@ def test_the_readme_table_shows_verdict_reason_and_figures(results):
     text = board.readme_table(results)
     assert "[**holds in part**](results/dcc.json) | On digits \\| not on patches. |" in text
     assert "| no result yet | run `gradmatch evidence dq` |" in text
-    assert "| dcc | 80 ± 0.51 | 100 steps |" in text
+    assert "| dcc | 80 ± 0.51 (100 steps) |" in text
     for system in catalog.SYSTEMS:
         assert re.search(rf"\b{system.slug}\b", text)
+
+
+def test_sizes_are_columns_of_the_readmes_table(results):
+    rows = [
+        {"method": f"a, b, {n} per class", "mean": n, "std": 0.0, "values": [n], "cost": "2 s; soft; x"}
+        for n in (1, 10)
+    ]
+    rows.append(rows[0] | {"method": "c, 10 per class", "cost": ""})
+    table = RESULT | {"slug": "fashion-mnist-table", "rows": rows}
+    (results / "fashion-mnist-table.json").write_text(json.dumps(table))
+    text = board.readme_table(results)
+    assert "| method | 1 per class | 10 per class |\n|---|---|---|\n" in text
+    assert "| a, b | 1 (2 s, soft) | 10 (2 s, soft) |\n| c |  | 1 |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("Error 0.5; more. Conditions met: 6 of 7 (not 5).", "6 of 7 conditions met. Error 0.5; more."),
+        ("3 of 5 conditions met (1, 2, 3). Error 0.5.", "3 of 5 conditions met. Error 0.5."),
+        ("2 of 9 conditions met: a 1 of 2; b 1 of 7.", "2 of 9 conditions met. A 1 of 2; b 1 of 7."),
+        ("Low: 3.5. " + "Long " * 40 + ".", "Low: 3.5."),
+        ("a 1, " * 50, "A 1, " + "a 1, " * 29 + "..."),
+    ],
+)
+def test_a_reason_is_shortened_to_the_count_and_the_first_figures(results, reason, shown):
+    (results / "dcc.json").write_text(json.dumps(RESULT | {"reason": reason}))
+    assert f"(results/dcc.json) | {shown} |" in board.readme_table(results)
 
 
 def test_the_readme_is_renewed_between_its_marks_only(results, tmp_path):

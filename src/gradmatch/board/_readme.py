@@ -14,6 +14,11 @@ from gradmatch.core.store import write_bytes
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 """The lines of a README between which ``gradmatch board --readme`` puts the table."""
 TABLE = "fashion-mnist-table"
+_LONG = 150
+_COUNT = re.compile(
+    r"Conditions met: (\d+ of \d+)(?: \([^)]*\)|; not met: [^.]*)?[.;]?\s*"
+    r"|(\d+ of \d+) conditions met(?: \([^)]*\)|, not [^.]*)?[.;:]?\s*"
+)
 
 
 def update_readme(readme: str | Path, results: str | Path | None = None) -> bool:
@@ -45,7 +50,7 @@ def readme_table(results: str | Path | None = None) -> str:
         result = found.get(s.slug)
         verdict = catalog.verdict(s, found)
         shown = f"[**{verdict}**](results/{s.slug}.json)" if result else verdict
-        reason = _cell(_first(result["reason"])) if result else f"run `gradmatch evidence {s.slug}`"
+        reason = _cell(_because(result["reason"])) if result else f"run `gradmatch evidence {s.slug}`"
         lines.append(f"| [{s.slug}](docs/systems/{s.slug}.md) | {_cell(s.claim)} | {shown} | {reason} |")
     if TABLE in found:
         lines += ["", *_table(found[TABLE])]
@@ -61,14 +66,40 @@ def readme_table(results: str | Path | None = None) -> str:
 
 
 def _table(result: dict[str, Any]) -> list[str]:
+    """A row for each method, a column for each size; rows that name no size stand in the last column."""
+    parts = {r["method"]: re.fullmatch(r"(.*), (\d+ per class)", r["method"]) for r in result["rows"]}
+    sizes = list(dict.fromkeys(m[2] for m in parts.values() if m)) or ["measured"]
+    cells: dict[str, dict[str, str]] = {}
+    for r in result["rows"]:
+        found = parts[r["method"]]
+        name, size = (found[1], found[2]) if found else (r["method"], sizes[-1])
+        notes = ", ".join(r["cost"].split("; ")[:2])
+        cells.setdefault(name, {})[size] = _cell(f"{measured(r)} ({notes})" if notes else measured(r))
     lines = [f"{result['title']} ({result['metric']}; {result['verdict']}: {_cell(result['reason'])})", ""]
-    lines += ["| method | measured | cost |", "|---|---|---|"]
-    return lines + [f"| {_cell(r['method'])} | {measured(r)} | {_cell(r['cost'])} |" for r in result["rows"]]
+    lines += [f"| method | {' | '.join(sizes)} |", "|---" * (1 + len(sizes)) + "|"]
+    return lines + [
+        f"| {_cell(name)} | {' | '.join(row.get(size, '') for size in sizes)} |"
+        for name, row in cells.items()
+    ]
 
 
-def _first(text: str) -> str:
-    """The first statement of a reason; the result file and the site have all of it."""
-    return re.split(r"[;:.](?:\s|$)", text, maxsplit=1)[0] + "."
+def _because(reason: str) -> str:
+    """How many conditions are met and the first figures of a reason; the result file and the site have all of it."""
+    count = _COUNT.search(reason)
+    rest = reason if count is None else f"{reason[: count.start()]}{reason[count.end() :]}"
+    rest = rest.strip(" ;:,.")
+    clauses, shown = re.split(r"(?<=[;.])\s+", rest[:1].upper() + rest[1:]), ""
+    for clause in clauses:
+        if shown and len(shown) + len(clause) >= _LONG:
+            break
+        shown = f"{shown} {clause}".strip()
+    if len(shown) > _LONG:
+        shown = shown[:_LONG].rpartition(", ")[0] + ", ..."
+    met = "" if count is None else f"{count[1] or count[2]} conditions met"
+    whole = ". ".join(
+        part for part in (met, shown.rstrip(" ;:,") if not shown.endswith("...") else shown) if part
+    )
+    return whole if whole.endswith(".") else whole + "."
 
 
 def _cell(text: str) -> str:
