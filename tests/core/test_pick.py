@@ -113,6 +113,21 @@ def test_float32_ranks_by_float64_when_gains_are_close() -> None:
     same(graph_cut(s, 6), naive_cut(s, 6))
 
 
+def test_gains_in_millions_are_picked_to_the_end() -> None:
+    """With entries of a million rounding alone passes any fixed mark for candidates that add nothing."""
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        s = 1e6 * torch.randn(49, 49, generator=g, dtype=torch.float64)
+        covered, left, expected = torch.zeros(49, dtype=torch.float64), torch.ones(49).bool(), []
+        while len(expected) < 45:
+            gains = (s - covered[:, None]).clamp(min=0).sum(0).masked_fill(~left, -1)
+            best = gains.max() if gains.max() > 1e-6 else 0.0
+            expected.append(int(torch.nonzero((gains >= best - 1e-6) & left)[0]))
+            left[expected[-1]] = False
+            covered = torch.maximum(covered, s[:, expected[-1]])
+        assert facility_location(s, 45).indices.tolist() == expected
+
+
 def test_function_kernel_equals_the_matrix_it_describes(rows: Tensor) -> None:
     def rbf(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp(-(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2) / 20)

@@ -1,18 +1,17 @@
-"""Facility location by updates: a pick raises the coverage of few items, and gains lose what those rows lose."""
+"""Facility location: picks by confirmed gains; what they change is taken from all gains, several picks at a time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradmatch.core._greedy import EPS, Picks, as_picks, lowest, read
+from gradmatch.core._greedy import EPS, Picks, as_picks, read
 from gradmatch.core.kernel import Kernel, KernelName, Kind, MatrixKernel
 
 _TILE = 2**18
-_SPENT = -1.0
-"""Stands for the gain of a candidate found to add nothing; it can never add anything again."""
 
 
 def facility_location(
@@ -52,83 +51,140 @@ def facility_location(
     return as_picks([p for p, _ in found], [g for _, g in found], names)
 
 
-class _Cover:
-    """Coverage of every item in float64, and gains of all candidates in about the working precision.
+@dataclass(frozen=True)
+class _Looked:
+    """Candidates with their float64 gains, and the similarities [rows, columns] they come from (None: all rows)."""
 
-    ``error`` says how far the gains may be from the float64 ones. It follows the model of independent
+    columns: Tensor
+    gains: Tensor
+    rows: Tensor | None
+    exact: Tensor
+
+    def improved(self, place: int) -> tuple[Tensor | None, Tensor]:
+        """The rows that the candidate at ``place`` could improve, and its similarities to them."""
+        return self.rows, self.exact[:, place]
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The choice, what it adds, and below what gain it counts as adding nothing, with all that were confirmed."""
+
+    chosen: int
+    gain: float
+    tolerance: float
+    columns: Tensor
+    improved: tuple[Tensor | None, Tensor]
+
+
+class _Cover:
+    """Coverage of every item in float64, and what every candidate would add to it.
+
+    ``base`` holds the gains at an earlier coverage, ``at``, in about the working precision, and ``bound`` the same
+    with the entries confirmed since then. Gains only fall, so that picks are made from confirmed gains as long as
+    they stay above all bounds; the changes of several picks are then brought into ``base`` in one pass.
+
+    ``error`` says how far ``base`` may be from the float64 gains. It follows the model of independent
     roundings, a few units for each entry and for each sum; what confirming finds to be worse raises it.
     """
 
     def __init__(self, kernel: Kernel, weights: Tensor) -> None:
         self.kernel, self.weights = kernel, weights
         self.covered = torch.zeros(kernel.items, dtype=torch.float64, device=kernel.device)
-        self.picked: list[int] = []
+        self.at, self.pending, self.first = self.covered, False, True
         self.spent = torch.zeros(kernel.columns, dtype=torch.bool, device=kernel.device)
-        self.any_spent = False
-        self.last = (torch.empty(0, dtype=torch.long), torch.empty(0, 0))
+        self.known = torch.zeros_like(self.spent)
         self.unit = 4 * float(torch.finfo(kernel.dtype).eps)
         self.scale = float(kernel.row(0).abs().max()) or 1.0
         self.slip = 0.0 if kernel.exact_blocks else 16 * self.unit * self.scale
-        self.gains = kernel.sums(weights) if kernel.nonnegative else self._fresh()
+        self.base = kernel.sums(weights) if kernel.nonnegative else self._fresh()
+        self.bound = self.base.clone()
         self.error = self._rounding(weights, self.scale * float(weights.sum()))
 
     def pick(self) -> tuple[int, float]:
         """Take the best candidate; returns its column and its gain."""
-        chosen, gain = self._best()
-        self.picked.append(chosen)
-        self.gains[chosen] = -torch.inf
-        if gain > 0:
-            self._cover_with(chosen)
-        if self.any_spent:
-            self.gains[self.spent] = _SPENT
-            self.gains[self.picked] = -torch.inf
-        return chosen, gain
+        found = self._best()
+        while found is not None and found.gain <= found.tolerance:  # these can never add anything again
+            self.spent[found.columns] = True
+            self.base[found.columns] = self.bound[found.columns] = -torch.inf
+            found = self._best()
+        chosen = int(torch.nonzero(self.spent)[0]) if found is None else found.chosen
+        self.base[chosen] = self.bound[chosen] = -torch.inf
+        self.spent[chosen] = False
+        if found is None:
+            return chosen, 0.0
+        self._cover_with(chosen, *found.improved)
+        return chosen, found.gain
 
-    def _best(self) -> tuple[int, float]:
+    def _best(self) -> _Best | None:
+        """The lowest of the best candidates, once all that could be among them are confirmed; None if all are spent."""
+        looked: list[_Looked] = []
+        best = tolerance = -torch.inf
         while True:
-            top = self.gains.max()
-            if top == _SPENT:
-                return int(torch.nonzero(self.gains == _SPENT)[0]), 0.0
-            near = torch.nonzero((self.gains >= top - 2 * self.error) & (self.gains > _SPENT)).flatten()
-            true = self._confirm(near)
-            self.error = max(self.error, 4 * float((self.gains[near] - true).abs().max()))
-            self.gains[near] = true
-            tolerance = 64 * EPS * (float(true.max()) + self.scale * self.kernel.items**0.5)
-            place = lowest(true, tolerance)
-            if float(true[place]) > tolerance:
-                return int(near[place]), float(true[place])
-            self.spent[near], self.any_spent = True, True
-            self.gains[near] = _SPENT
+            top = float(self.bound.max())
+            if top == -torch.inf:
+                return None
+            near = self.bound >= max(top - 2 * self.error, best - self.error - tolerance)
+            columns = torch.nonzero(near & ~self.known if looked else near).flatten()
+            if not len(columns):
+                break
+            if looked and self.pending:
+                self._catch_up(looked)
+                continue
+            for part in columns.split(max(1, 2**22 // self.kernel.items)):
+                looked.append(self._confirm(part))
+                self.known[part] = True
+                self.bound[part] = looked[-1].gains
+                best = max(best, float(looked[-1].gains.max()))
+            tolerance = 64 * EPS * (best + self.scale * self.kernel.items**0.5)
+        columns = torch.cat([look.columns for look in looked])
+        self.known[columns] = False
+        gains = torch.cat([look.gains for look in looked])
+        if len(columns) == 1:
+            return _Best(int(columns[0]), best, tolerance, columns, looked[0].improved(0))
+        chosen = int(columns[gains >= best - tolerance].min())
+        look = next(look for look in looked if bool((look.columns == chosen).any()))
+        place = int(torch.nonzero(look.columns == chosen)[0])
+        return _Best(chosen, float(look.gains[place]), tolerance, columns, look.improved(place))
 
-    def _confirm(self, near: Tensor) -> Tensor:
+    def _confirm(self, columns: Tensor) -> _Looked:
         """Float64 gains of a few candidates, from the rows that they could improve."""
-        parts = []
-        for columns in near.split(max(1, 2**22 // self.kernel.items)):
-            block = self.kernel.whole(columns)
-            self.last = columns, block
+        block = self.kernel.whole(columns)
+        if self.kernel.exact_blocks:
+            rows, exact, covered, weights = None, block.double(), self.covered, self.weights
+        else:
             floor = (self.covered - self.slip).to(block.dtype)[:, None]
             rows = torch.nonzero((block >= floor).any(1)).flatten()
-            exact = block[rows] if block.dtype == torch.float64 else self.kernel.exact(rows, columns)
-            parts.append(self.weights[rows] @ (exact - self.covered[rows, None]).clamp_(min=0))
-        return torch.cat(parts)
+            exact = self.kernel.exact(rows, columns)
+            covered, weights = self.covered[rows], self.weights[rows]
+        gains = weights @ (exact - covered[:, None]).clamp_(min=0)
+        if not self.pending:
+            self.error = max(self.error, 4 * float((self.base[columns] - gains).abs().max()))
+            self.base[columns] = gains
+        return _Looked(columns, gains, rows, exact)
 
-    def _cover_with(self, chosen: int) -> None:
-        column = torch.tensor([chosen], device=self.kernel.device)
-        at = torch.nonzero(self.last[0] == chosen).flatten()
-        block = self.last[1][:, at] if len(at) else self.kernel.whole(column)
-        rows = torch.nonzero(block[:, 0] >= (self.covered - self.slip).to(block.dtype)).flatten()
-        before = self.covered[rows]
-        after = torch.maximum(before, self.kernel.exact(rows, column)[:, 0])
-        self.covered[rows] = after
-        if (
-            len(self.picked) == 1
-        ):  # everything changed, and small gains are not to be had from large differences
-            self.gains = self._fresh()
-            self.gains[chosen] = -torch.inf
-            self.error = self._rounding(self.weights, float(self.gains.max()))
-            return
-        changed = after > before
-        self._subtract(rows[changed], before[changed], after[changed])
+    def _cover_with(self, chosen: int, rows: Tensor | None, column: Tensor) -> None:
+        if not self.pending:
+            self.at = self.covered.clone()
+        if rows is None:
+            torch.maximum(self.covered, column, out=self.covered)
+        else:
+            self.covered[rows] = torch.maximum(self.covered[rows], column)
+        self.pending = True
+        if self.first:  # everything changed, and small gains are not to be had from large differences
+            self.base = self._fresh()
+            self.base[chosen] = -torch.inf
+            self.base[self.spent] = -torch.inf
+            self.error = self._rounding(self.weights, float(self.base.max()))
+            self.bound, self.pending, self.first = self.base.clone(), False, False
+
+    def _catch_up(self, looked: list[_Looked]) -> None:
+        """Bring ``base`` and all bounds to the present coverage, at which ``looked`` were confirmed."""
+        rows = torch.nonzero(self.covered > self.at).flatten()
+        self._subtract(rows, self.at[rows], self.covered[rows])
+        self.pending = False
+        for look in looked:
+            self.base[look.columns] = look.gains
+        self.bound = self.base.clone()
 
     def _fresh(self) -> Tensor:
         """Gains sum_i w_i max(0, s(i, c) - covered_i) of all candidates."""
@@ -142,13 +198,13 @@ class _Cover:
     def _subtract(self, rows: Tensor, before: Tensor, after: Tensor) -> None:
         """Take from the gains what a rise of coverage takes: sum_i w_i (clamp(s, before_i, after_i) - before_i)."""
         dtype = self.kernel.dtype
-        low, high, w = before.to(dtype)[:, None], after.to(dtype)[:, None], self.weights[rows].to(dtype)
+        low, w = before.to(dtype)[:, None], self.weights[rows].to(dtype)
+        most = after.to(dtype)[:, None] - low
         places = torch.arange(len(rows), device=rows.device)
         for part, columns in self._tiles(places):
-            floor = low[part]
-            block = self.kernel.block(rows[part], columns)
-            torch.clamp(block, min=floor, max=high[part], out=block)
-            self.gains[columns] -= (w[part] @ block.sub_(floor)).double()
+            lost = self.kernel.block(rows[part], columns).sub_(low[part]).clamp_(min=0)
+            torch.minimum(lost, most[part], out=lost)  # a third of the time of clamping between two tensors
+            self.base[columns] -= (w[part] @ lost).double()
         rise = float(self.weights[rows] @ (after - before))
         self.error = (self.error**2 + self._rounding(self.weights[rows], rise) ** 2) ** 0.5
 
