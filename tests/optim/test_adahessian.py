@@ -529,3 +529,11 @@ def test_a_hugging_face_language_model_learns() -> None:
     optimizer = AdaHessian(model.named_parameters(), lr=0.5, betas=(0.9, 0.9), block=32)
     seen = [float(optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)) for _ in range(15)]
     assert seen[-1] < 0.5 * seen[0]
+
+
+def test_what_is_due_is_found_once_a_step_not_once_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, due = [], AdaHessian._due
+    monkeypatch.setattr(AdaHessian, "_due", lambda self: calls.append(1) or due(self))
+    params = [nn.Parameter(torch.ones(2)) for _ in range(20)]
+    AdaHessian(params).step(lambda: sum((p**2).sum() for p in params))
+    assert len(calls) <= 2

@@ -117,7 +117,8 @@ class AdaHessian(AdamFamily):
             "or pass enabled=False to the GradScaler.",
         )
         loss, pairs = self._from_graph() if closure is None else self._from_closure(closure)
-        due = [(p, g) for p, g in pairs if p in self._due()]
+        fresh = self._due()
+        due = [(p, g) for p, g in pairs if p in fresh]
         self._diagonals = {}
         if due:
             owners, slopes = zip(*due, strict=True)
