@@ -28,6 +28,14 @@ def test_a_chosen_gradient_arrives() -> None:
     gradient_loss(x, g).backward()
     assert torch.allclose(x.grad, g / 12, rtol=1e-14, atol=1e-16)
     assert gradient_loss(x, g).item() == pytest.approx(float(0.5 * g.square().mean()))
+    w = torch.tensor([1.0, 2.0, 0.0, 0.5], dtype=torch.float64)
+    x.grad = None
+    loss = gradient_loss(
+        x, g, w
+    )  # 1/2 mean (x - sg[x - w g])^2, as published: the weight is squared in the value
+    assert loss.item() == pytest.approx(float(0.5 * (w[:, None] * g).square().mean()))
+    loss.backward()
+    assert torch.allclose(x.grad, w[:, None] * g / 12, rtol=1e-14, atol=1e-15)
 
 
 def test_pairs_stay_together_and_are_held_out_once(tmp_path) -> None:

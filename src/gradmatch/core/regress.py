@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradmatch.core import checks
 from gradmatch.core.store import load_tensors, save_tensors
@@ -34,19 +35,25 @@ def pseudo_target_loss(output: Tensor, target: Tensor, weights: Tensor | None = 
         output.shape == target.shape,
         f"output is of shape {tuple(output.shape)} and target of {tuple(target.shape)}; they must be equal.",
     )
+    if weights is None:
+        return 0.5 * F.mse_loss(output, target.detach())
     squares = (output - target.detach()).square()
-    if weights is not None:
-        checks.require(
-            weights.shape == output.shape[:1],
-            f"weights is of shape {tuple(weights.shape)}; it must be ({len(output)},), one for each example.",
-        )
-        squares = weights.detach().reshape(-1, *[1] * (output.ndim - 1)) * squares
-    return 0.5 * squares.mean()
+    return 0.5 * (_of_each(weights, output) * squares).mean()
 
 
 def gradient_loss(output: Tensor, gradient: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The loss whose gradient in ``output`` is ``weights * gradient / numel``, by the target ``output - gradient``."""
-    return pseudo_target_loss(output, output.detach() - gradient, weights)
+    """The loss whose gradient in ``output`` is ``g / numel``, by the target ``output - g``, g = weights * gradient."""
+    g = gradient if weights is None else _of_each(weights, output) * gradient
+    return pseudo_target_loss(output, output.detach() - g)
+
+
+def _of_each(weights: Tensor, output: Tensor) -> Tensor:
+    """Weights (n,), held fixed, as factors of ``output`` (n, ...)."""
+    checks.require(
+        weights.shape == output.shape[:1],
+        f"weights is of shape {tuple(weights.shape)}; it must be ({len(output)},), one for each example.",
+    )
+    return weights.detach().reshape(-1, *[1] * (output.ndim - 1))
 
 
 @dataclass(frozen=True)
