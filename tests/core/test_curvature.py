@@ -223,7 +223,7 @@ def test_a_sampled_gradient_is_the_gradient_at_a_drawn_label():
     assert float(gaps.max()) < 1e-12
 
 
-# --- identities of the card and of the mathematics ---------------------------------------------------------
+# --- identities of the mathematics ---------------------------------------------------------
 
 
 def test_sum_of_ggn_and_residual_and_where_it_vanishes():

@@ -49,7 +49,7 @@ def _one_step(rho: float, alpha: float, adaptive: bool, norm: bool = False) -> t
 
 
 def _by_hand(rho: float, alpha: float, adaptive: bool) -> Tensor:
-    """New parameters as one vector, from the card's formulas on vectors."""
+    """New parameters as one vector, from the published formulas on vectors."""
     net = _net()
     theta = _vector(net.parameters())
 

@@ -163,7 +163,7 @@ def test_the_fused_objective_equals_autograd(activation: str) -> None:
 
 
 def value_of(net: SmallNet, X: np.ndarray, r: np.ndarray, l2: float) -> float:
-    """The objective as the card has it."""
+    """The objective as the paper has it."""
     decay = (net.weight**2).sum() + (net.out_weight**2).sum()
     return float((((net(X, "logistic") - r) ** 2).sum() + l2 * decay) / 2 / len(X))
 
