@@ -106,6 +106,30 @@ def test_losses_against_torch():
         mse(torch.zeros(6, 1), torch.zeros(6))
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (torch.tensor([0, 1, 3]), "target has class ids from 0 to 3; the model's outputs are for 0..2"),
+        (torch.tensor([0, -1, 2]), "target has class ids from -1 to 2"),
+        (
+            torch.tensor([0.0, 1.0, 2.0]),
+            r"target is torch.float32 of shape \(3,\); cross_entropy needs class ids",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_the_outputs_are_refused_in_a_sentence(target, words):
+    problem = Problem(nn.Linear(2, 3), "cross_entropy", (torch.randn(3, 2), target))
+    with pytest.raises(InputError, match=words):
+        problem.example_losses()
+
+
+def test_labels_of_any_whole_type_are_class_ids():
+    z = torch.randn(4, 2)
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.bool):
+        y = torch.tensor([0, 1, 1, 0])
+        assert torch.equal(cross_entropy(z, y.to(dtype)), cross_entropy(z, y))
+
+
 def test_next_token_counts_each_example_on_its_own():
     logits, ids = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])

@@ -46,8 +46,32 @@ def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
 
     Further positions of an example (pixels, tokens) are averaged within the example.
     """
-    losses = F.cross_entropy(outputs, target, reduction="none")
+    if not target.is_floating_point() and target.dtype != torch.long:
+        target = target.long()  # arrays of int32 and bool are class ids, too
+    try:
+        losses = F.cross_entropy(outputs, target, reduction="none")
+    except (IndexError, RuntimeError) as error:
+        reason = _unfit(outputs, target)
+        if reason is None:
+            raise
+        raise InputError(reason) from error
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+
+
+def _unfit(outputs: Tensor, target: Tensor) -> str | None:
+    """Why torch could not take the cross-entropy, where it is the target's fault."""
+    if outputs.ndim < 2:
+        return f"model gives outputs of shape {tuple(outputs.shape)}; cross_entropy needs logits (m, C)."
+    if target.is_floating_point():
+        needed = f"class ids, or probabilities of the outputs' shape {tuple(outputs.shape)}"
+        got = f"target is {target.dtype} of shape {tuple(target.shape)}"
+        return None if target.shape == outputs.shape else f"{got}; cross_entropy needs {needed}."
+    if torch._C._functorch.is_functorch_wrapped_tensor(target):  # values are out of reach inside vmap
+        return None
+    ids, most = target[target != -100].tolist(), outputs.shape[1] - 1
+    if not ids or (min(ids) >= 0 and max(ids) <= most):
+        return None
+    return f"target has class ids from {min(ids)} to {max(ids)}; the model's outputs are for 0..{most}."
 
 
 def mse(outputs: Tensor, target: Tensor) -> Tensor:
