@@ -175,6 +175,24 @@ def test_the_left_case_is_the_right_one_of_the_transpose_bitwise(projector: str,
     assert not torch.equal(right, other)
 
 
+@pytest.mark.parametrize("projector", ["columns", "svd", "random"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_single_precision_moves_weights_in_place_to_the_same(
+    projector: str, turned: bool, laid_out: bool
+) -> None:
+    options = {"projector": projector, "update_gap": 2, "weight_decay": 0.1}
+    expected, _ = run(randn(20, 12), GRADIENTS, **options)
+    start, gradients = randn(20, 12).float(), [g.float() for g in GRADIENTS]
+    if turned:
+        start, gradients = start.T, [g.T for g in gradients]
+    if laid_out:
+        start, gradients = start.contiguous(), [g.contiguous() for g in gradients]
+    found, _ = run(start, gradients, **options)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close((found.T if turned else found).double(), expected, rtol=0, atol=1e-4)
+
+
 def test_products_and_fft_agree_and_large_sides_take_the_fft(monkeypatch: pytest.MonkeyPatch) -> None:
     from gradmatch.optim import _projectors
 

@@ -43,8 +43,30 @@ def _due(state: State, gap: int) -> bool:
     return bool(state["step"] == 1 or state["step"] % gap == 0)
 
 
+class Orthonormal:
+    """What projectors onto the span of r orthonormal vectors share."""
+
+    def vectors(self, like: Tensor, state: State) -> Float[Tensor, "d r"]:
+        """The vectors, of the type and on the device of ``like``."""
+        raise NotImplementedError
+
+    def up(self, update: Float[Tensor, "n r"], state: State) -> Float[Tensor, "n d"]:
+        """Back to the coordinates of the gradient."""
+        return update @ self.vectors(update, state).T
+
+    def descend(
+        self, w: Float[Tensor, "n d"], update: Float[Tensor, "n r"], state: State, rate: float, decay: float
+    ) -> None:
+        """w <- decay w - rate up(update) in one pass; a transposed ``w`` is moved as it lies in memory."""
+        vectors, scaled = self.vectors(update, state), update * -rate
+        if w.stride(1) == 1:
+            w.addmm_(scaled, vectors.T, beta=decay)
+        else:
+            w.T.addmm_(vectors, scaled.T, beta=decay)
+
+
 @dataclass(frozen=True)
-class Columns:
+class Columns(Orthonormal):
     """Onto the r columns of an orthonormal basis along which the gradient is largest; keeps r whole numbers."""
 
     rank: int
@@ -63,13 +85,13 @@ class Columns:
         """The gradient's rows in the whole basis."""
         fast = self.kind == "dct2" and self.size >= FFT_FROM
         if self.transform == "fft" or (self.transform == "auto" and fast):
-            return dct2(gradient)
+            return dct2(gradient.contiguous())
         return gradient if self.kind == "identity" else gradient @ self._basis(gradient)
 
     def down(self, gradient: Float[Tensor, "n d"], state: State) -> Float[Tensor, "n r"]:
         """Coordinates along the columns chosen; averages move to the columns' new places."""
         if not _due(state, self.gap):
-            return gradient @ self._chosen(gradient, state)
+            return gradient @ self.vectors(gradient, state)
         whole = self.coordinates(gradient)
         new = top_columns(whole.abs().sum(0) if self.norm == 1 else whole.square().sum(0), self.rank)
         if self.rotate and "indices" in state:
@@ -78,17 +100,13 @@ class Columns:
         state["indices"] = new
         return whole.index_select(1, new)
 
-    def _chosen(self, like: Tensor, state: State) -> Tensor:
+    def vectors(self, like: Tensor, state: State) -> Float[Tensor, "d r"]:
+        """The columns chosen."""
         return self._basis(like).index_select(1, state["indices"])
-
-    def up(self, update: Float[Tensor, "n r"], state: State) -> Float[Tensor, "n d"]:
-        """Back to the coordinates of the gradient."""
-        product: Tensor = update @ self._chosen(update, state).T
-        return product
 
 
 @dataclass(frozen=True)
-class Singular:
+class Singular(Orthonormal):
     """Onto the leading right singular vectors of the gradient (GaLore, Zhao et al. 2024); keeps them, d x r."""
 
     rank: int
@@ -105,30 +123,26 @@ class Singular:
                     state[name] = state[name] @ turn
                 state[MOMENTS[1]].abs_()
             state["vectors"] = new
-        coordinates: Tensor = gradient @ state["vectors"]
-        return coordinates
+        return gradient @ self.vectors(gradient, state)
 
-    def up(self, update: Float[Tensor, "n r"], state: State) -> Float[Tensor, "n d"]:
-        """Back to the coordinates of the gradient."""
-        product: Tensor = update @ state["vectors"].T
-        return product
+    def vectors(self, like: Tensor, state: State) -> Float[Tensor, "d r"]:
+        """The singular vectors kept."""
+        found: Tensor = state["vectors"]
+        return found
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Orthonormal):
     """Onto one random subspace for good, drawn from a seed and not kept in the state."""
 
     rank: int
     size: int
     seed: int = 0
 
-    def _vectors(self, like: Tensor) -> Tensor:
+    def vectors(self, like: Tensor, state: State) -> Float[Tensor, "d r"]:
+        """The basis of the subspace."""
         return basis("random", self.size, like.dtype, like.device, self.seed)[:, : self.rank]
 
     def down(self, gradient: Float[Tensor, "n d"], state: State) -> Float[Tensor, "n r"]:
         """Coordinates in the subspace."""
-        return gradient @ self._vectors(gradient)
-
-    def up(self, update: Float[Tensor, "n r"], state: State) -> Float[Tensor, "n d"]:
-        """Back to the coordinates of the gradient."""
-        return update @ self._vectors(update).T
+        return gradient @ self.vectors(gradient, state)

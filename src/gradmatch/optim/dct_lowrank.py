@@ -22,7 +22,7 @@ from torch import Tensor
 from gradmatch.core import bases, checks
 from gradmatch.optim._adam import AdamFamily, Projector
 from gradmatch.optim._base import Numbers, State, scale_
-from gradmatch.optim._projectors import Columns, Fixed, Singular
+from gradmatch.optim._projectors import Columns, Fixed, Orthonormal, Singular
 
 PROJECTORS = ("columns", "svd", "random")
 SIDES = ("auto", "left", "right")
@@ -150,9 +150,9 @@ class LowRankAdamW(AdamFamily):
     def _update_whole(self, p: Tensor, g: Tensor, s: State, c: Numbers, group: dict[str, Any]) -> None:
         projector = self.projector(p, group)
         assert projector is not None
-        turned = _turned(p, group)
-        gradient = _matrix(g, turned)
-        kind = group["residual"]
+        turned, kind = _turned(p, group), group["residual"]
+        weight = _view(p, turned) if kind == "none" and isinstance(projector, Orthonormal) else None
+        gradient = _matrix(g, turned, copy=weight is None)
         if kind == "error_feedback" and "error" in s:
             gradient = gradient + s["error"]
         if self._own is None and "exp_avg" in s:
@@ -166,6 +166,9 @@ class LowRankAdamW(AdamFamily):
             s.update({name: torch.zeros_like(a) for name in self.buffers})
         numerator, denominator = self._direction(a, s, c)
         u = numerator / denominator
+        if weight is not None and isinstance(projector, Orthonormal):
+            projector.descend(weight, u, s, c["step_size"], c["decay"])
+            return
         update = projector.up(u, s).mul_(c["step_size"])
         if kind != "none":
             rest = gradient - projector.up(a, s)
@@ -174,7 +177,7 @@ class LowRankAdamW(AdamFamily):
             else:
                 update += c["lr"] * (rest.sign_() if kind == "sign" else _scaled(rest, u * c["unit"], a, s))
         scale_(p, c["decay"])
-        p.sub_(update.T.reshape(p.shape) if turned else update.view(p.shape))
+        p.sub_((update.T.contiguous() if turned else update).view(p.shape))
 
     def _numbers(self, group: dict[str, Any], counts: State) -> Numbers:
         lr, t, (beta1, beta2) = float(group["lr"]), counts["step"], group["betas"]
@@ -227,10 +230,23 @@ def _rank(p: Tensor, group: dict[str, Any]) -> int:
     return min(least, int(share)) if share >= 1 else max(1, round(share * least))
 
 
-def _matrix(g: Tensor, turned: bool) -> Tensor:
-    """[n, d], contiguous, so that the left case is the right one of the transpose to the last bit."""
-    matrix = g.reshape(g.shape[0], -1)
-    return matrix.T.contiguous() if turned else matrix.contiguous()
+def _matrix(g: Tensor, turned: bool, copy: bool) -> Tensor:
+    """[n, d]; with ``copy`` laid out as such in memory also where it is turned."""
+    matrix = g.reshape(g.shape[0], -1).contiguous()
+    if not turned:
+        return matrix
+    return matrix.T.contiguous() if copy else matrix.T
+
+
+def _view(p: Tensor, turned: bool) -> Tensor | None:
+    """The weight as [n, d], if its memory can be seen so and products are the same in either order.
+
+    In float64 they differ in the last bit, and the left case is to be the right one of the transpose.
+    """
+    if not p.is_contiguous() or p.dtype is not torch.float32:
+        return None
+    matrix = p.view(p.shape[0], -1)
+    return matrix.T if turned else matrix
 
 
 def _check_matrix(i: int, p: Tensor, group: dict[str, Any]) -> None:
