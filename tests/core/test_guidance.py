@@ -17,7 +17,7 @@ from gradmatch.core.guidance import (
     straight_through_gradient,
 )
 from gradmatch.core.path import LinearPath, Path, Prediction, ResidualPath, VariancePreserving
-from gradmatch.core.sampler import Network, Solver
+from gradmatch.core.sampler import Hook, Network, Solver
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -347,3 +347,25 @@ def test_steering_raises_the_score_and_stays_on_the_simplex() -> None:
             assert torch.equal(found.x, plain.x)
     assert scores[0] < scores[2] < scores[4]
     assert scores[1::2] == pytest.approx(scores[::2])  # here the posterior is the point itself
+
+
+def test_what_is_held_for_each_example_follows_those_that_dopri5_still_calls() -> None:
+    rates, none = torch.tensor([0.1, 30.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])
+    net = Network(lambda x, t, c: -x * (1 + c[:, None] * torch.sin(9 * t)[:, None]), "velocity")
+    x, goal = torch.randn(3, 2, generator=seeded()), torch.randn(3, 2, generator=seeded())
+
+    def hooks(k: slice) -> list[Hook]:
+        pull = GradientGuide([lambda x0, ref: (x0 - ref).square().sum()], scale=1e-3, reference=goal[k])
+        return [ClassifierFreeGuidance(1.5, none[k]), pull]
+
+    def run(k: slice) -> Tensor:
+        solver = Solver([1.0, 0.2], "dopri5", rtol=1e-3, atol=1e-3)
+        found = solver.run(net, LinearPath(), x[k], cond=rates[k], hooks=hooks(k))
+        calls.append(found.calls)
+        return found.x
+
+    calls: list[Tensor] = []
+    whole = run(slice(None))
+    assert len(set(calls[0].tolist())) > 1
+    for k in range(3):
+        assert torch.allclose(run(slice(k, k + 1)), whole[k : k + 1], atol=1e-6)

@@ -85,3 +85,9 @@ def test_shares() -> None:
 def test_refusals(make, says) -> None:
     with pytest.raises(InputError, match=says):
         make()
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])])
+def test_labels_out_of_range_are_refused(labels: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"it must be whole numbers in 0\.\.2"):
+        shares(labels, 3)

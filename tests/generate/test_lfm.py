@@ -567,3 +567,17 @@ def test_batches_of_a_hugging_face_loader() -> None:
 def test_data_that_cannot_be_trained_on_are_refused(data: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         LatentFlow(None, mlp_velocity(16, (8,)), 1.0).fit(data, 3, batch=2)
+
+
+def test_guidance_with_the_default_solver_where_samples_arrive_at_different_times() -> None:
+    def field(z: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return -z * (1 + 10 * label.to(z) * torch.sin(9 * t))[:, None, None, None]
+
+    flow = LatentFlow(None, field, 1.0, condition=Labels(4))
+    labels = torch.tensor([0, 3, 1])
+    images, nfe = flow.sample(randn(3, 1, 2, 2), labels, 1.5)
+    assert len(set(nfe.tolist())) > 1
+    for k in range(3):
+        alone = flow.sample(randn(3, 1, 2, 2)[k : k + 1], labels[k : k + 1], 1.5)
+        assert torch.allclose(alone.images[0], images[k], atol=1e-5)
+        assert alone.nfe[0] == nfe[k]

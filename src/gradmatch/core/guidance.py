@@ -15,12 +15,29 @@ from torch import Tensor
 
 from gradmatch.core import checks
 from gradmatch.core.path import AffinePath, Path, Prediction, ResidualPath, Time
-from gradmatch.core.sampler import Hook, Model, State
+from gradmatch.core.sampler import Calls, Hook, Model, State, part
 
 NOISE_FORM_CAP = 0.1
 
 
-class ClassifierFreeGuidance(Hook):
+class _OfEachExample(Hook):
+    """What a hook holds for each example, where a solver calls the model on some of them only (dopri5)."""
+
+    _calls: Calls | None = None
+
+    def before_step(self, state: State) -> None:
+        self._calls = state.calls
+
+    def after_step(self, state: State) -> None:
+        self._calls = None
+
+    def _now(self, held: Any) -> Any:
+        """``held`` for the examples of the present call."""
+        calls = self._calls
+        return held if calls is None or calls.index is None else part(held, calls.index, calls.examples)
+
+
+class ClassifierFreeGuidance(_OfEachExample):
     """null + scale * (conditional - null), both in one call of twice the batch.
 
     Args:
@@ -44,10 +61,11 @@ class ClassifierFreeGuidance(Hook):
             inside = within(t, self.interval)
             if not bool(torch.as_tensor(inside).any()):
                 return model(x, t, cond)
+            null = expanded(self._now(self.null), len(x))
             if self.scale == 0 and self.interval is None:
-                return model(x, t, expanded(self.null, len(x)))
+                return model(x, t, null)
             times = torch.cat([t, t]) if isinstance(t, Tensor) else t
-            both = model(torch.cat([x, x]), times, joined(cond, expanded(self.null, len(x))))
+            both = model(torch.cat([x, x]), times, joined(cond, null))
             with_cond, without = both.tensor.chunk(2)
             scale: float | Tensor = self.scale
             if isinstance(inside, Tensor):
@@ -57,7 +75,7 @@ class ClassifierFreeGuidance(Hook):
         return guided
 
 
-class GradientGuide(Hook):
+class GradientGuide(_OfEachExample):
     """Moves every x0 a little down the gradient of some losses: x0 - scale * g, with g of RMS 1 for each example.
 
     Args:
@@ -144,6 +162,8 @@ class GradientGuide(Hook):
             reference = getattr(path, "y", None)
         elif callable(reference) and not isinstance(reference, Tensor):
             reference = reference(x0.detach())
+        elif isinstance(reference, Tensor):
+            reference = self._now(reference)
         seen = x0 if self.decode is None else self.decode(x0)
         total = x0.new_zeros(())
         for loss, weight in zip(self.losses, self.weights, strict=True):

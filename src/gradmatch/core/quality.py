@@ -55,6 +55,13 @@ def _covered(centres: Tensor, points: Tensor, k: int) -> float:
 def shares(labels: Tensor, classes: int) -> Tensor:
     """Share of each class (classes,) float64."""
     checks.require(len(labels) > 0, "labels is empty; at least one is needed.")
+    checks.require(
+        labels.ndim == 1
+        and not labels.is_floating_point()
+        and 0 <= int(labels.min()) <= int(labels.max()) < classes,
+        f"labels is {labels.dtype} of shape {tuple(labels.shape)}, from {float(labels.min()):g} to "
+        f"{float(labels.max()):g}; it must be whole numbers in 0..{classes - 1}, (n,).",
+    )
     return torch.bincount(labels, minlength=classes).double() / len(labels)
 
 
