@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmatch.core import _vmapped, _workers
-from gradmatch.core._members import Recipe, forward_flops
+from gradmatch.core._members import Recipe, forward_flops, fresh_member
 from gradmatch.core.checks import InputError
 from gradmatch.core.cpu import threads
 from gradmatch.core.ensemble import Ensemble, member_seeds, train_ensemble
 from gradmatch.core.networks import build
+from gradmatch.core.pooling import ProductPool
 
 EPOCHS, N = 4, 3
 OPTIONS = {"epochs": EPOCHS, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "batch_size": 8, "seed": 5}
@@ -380,3 +381,26 @@ def test_divergence_names_member_and_epoch(program):
 def test_update_must_ask_for_a_gradient(program):
     with pytest.raises(InputError, match="never called grad_fn"):
         train_ensemble(mlp, _data(), N, program=program, update=lambda p, g, s, lr: (p, {}), **OPTIONS)
+
+
+def _pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+def test_members_pool_by_products_and_come_back_as_the_network_given():
+    x, y = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    recipe = Recipe(3, 0.1, 0.9, 0.0, 256, (), 0.1, None, None, (), 0)
+    assert any(isinstance(m, ProductPool) for m in fresh_member(_pooled, x, recipe, 0).modules())
+    options = {"epochs": 3, "lr": 0.1, "weight_decay": 0.0, "milestones": (), "program": "loop"}
+    module = train_ensemble(_pooled, (x, y), 2, **options).module(1)
+    assert [type(m) for m in module.modules()] == [type(m) for m in _pooled().modules()]
+    plain = build(_pooled, member_seeds(0, 1).init)
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, 0.9)
+    for _ in range(3):
+        sgd.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        sgd.step()
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from gradmatch.core import checks
 from gradmatch.core.networks import Network, build
+from gradmatch.core.pooling import with_product_pools
 
 Params = dict[str, Tensor]
 GradFn = Callable[[Params], Params]
@@ -109,7 +110,7 @@ def train_member(
 def fresh_member(network: Network, x: Tensor, recipe: Recipe, member: int) -> nn.Module:
     """Member ``member`` before its first step, in train mode, of the kind of ``x``."""
     init = member_seeds(recipe.seed, member).init
-    return build(network, init).to(device=x.device, dtype=x.dtype).train()
+    return with_product_pools(build(network, init)).to(device=x.device, dtype=x.dtype).train()
 
 
 def train_module(
