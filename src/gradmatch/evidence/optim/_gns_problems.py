@@ -45,11 +45,12 @@ def log_sum_exp(mu: float, generator: torch.Generator, n: int = 200, d: int = 10
         return mu * torch.logsumexp(z, 0), a.T @ torch.softmax(z, 0)
 
     def gauss_newton(x: Tensor) -> Tensor:
-        return (a.T * weights(x)) @ a / mu
+        rows = (a * (weights(x) / mu).sqrt()[:, None]).numpy()
+        return torch.from_numpy(rows.T @ rows)  # numpy sees that the factors are one, at half the cost
 
     def exact(x: Tensor) -> Tensor:
         q = a.T @ weights(x)
-        return gauss_newton(x) - torch.outer(q, q) / mu
+        return gauss_newton(x).addr_(q, q, alpha=-1 / mu)
 
     return Smooth(
         value,
