@@ -46,6 +46,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _KEEP = 2**30  # bytes of graphs kept from one product to the next
 _AT_ONCE = 2**27  # bytes of intermediate values that vectors multiplied together may take
+_CACHED = 2**24  # the same on a CPU; where under 8 vectors stay below, each by itself is faster
 _MOST = 2**33  # bytes of the largest matrix built
 _BLOCK = 2**25  # numbers of a block of per-example rows
 
@@ -64,7 +65,8 @@ class Curvature:
         params: where to take it (dict, list or flat vector); default: the model's own parameters.
         samples: targets drawn for each example, for "sampled_fisher".
         generator: of those draws; the same targets are used in every product.
-        chunk: vectors multiplied at once; default: what fits 128 MiB of intermediate values, at most 64.
+        chunk: vectors multiplied at once, at most 64 by default: on a CPU as many as keep their intermediate values
+            in 16 MiB, or one where that is under 8; elsewhere what fits 128 MiB.
         keep: bytes of graphs kept from one product to the next; beyond, they are built anew each time.
 
     Attributes:
@@ -143,11 +145,16 @@ class Curvature:
 
     def _add(self, product: _second.Product, rows: Tensor, total: Tensor) -> None:
         """Add one batch's product to ``total``, so many vectors at once as its intermediate values have room for."""
-        width = self.chunk or max(1, min(64, _AT_ONCE // max(1, self._batch_bytes)))
+        width = self.chunk or self._width()
         space = self.problem.space
         for into, part in zip(total.split(width), rows.split(width), strict=True):
             blocks = [block.contiguous() for block in space.unflatten(part).values()]
             into += space.flatten(product(blocks), batch_dims=1)
+
+    def _width(self) -> int:
+        on_cpu = self.device.type == "cpu"
+        found = min(64, (_CACHED if on_cpu else _AT_ONCE) // max(1, self._batch_bytes))
+        return max(1, found if found >= 8 or not on_cpu else 1)
 
     def _products(self) -> Iterator[_second.Product]:
         """The summed product of every batch, from its graph."""
