@@ -53,7 +53,7 @@ def gradient_sums(
         for part in batch.split(None if chunk is None else whole("chunk", chunk)):
             squares, totals = engine.sums(part)
             by_block = torch.stack([squares[k].double() for k in names], dim=1)
-            stats.update_sums(part.size, torch.cat([totals[k].double() for k in names]), by_block.sum(0))
+            stats.update_sums(part.size, torch.cat([totals[k] for k in names]), by_block.sum(0))
             norms.append(by_block.sum(1).sqrt())
     return GradSums(torch.cat(norms), stats, *engine.report())
 
