@@ -74,11 +74,14 @@ class _SharedFactor(TorchDispatchMode):
 def _grad(
     tops: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor], width: int | None
 ) -> list[Tensor]:
-    found = torch.autograd.grad(
-        tops, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=width is not None
-    )
-    batch = () if width is None else (width,)
-    return [x.new_zeros((*batch, *x.shape)) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    def pulled(slopes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(tops, inputs, slopes, retain_graph=True, allow_unused=True)
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+
+    if width is None:
+        return list(pulled(tuple(vectors)))
+    # torch.func's rules know more operations than those behind is_grads_batched, which loops over the others
+    return list(torch.func.vmap(pulled)(tuple(vectors)))
 
 
 def slopes_of(value: Tensor, leaves: Sequence[Tensor], vector: Tensor | None = None) -> list[Tensor]:
