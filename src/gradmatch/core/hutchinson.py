@@ -24,6 +24,8 @@ def signs_like(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Te
     sizes = [t.numel() for t in tensors]
     bits = torch.empty(sum(sizes), dtype=torch.int8, device=generator.device)
     signs = bits.random_(0, 2, generator=generator).mul_(2).sub_(1)
+    if len({(t.dtype, t.device) for t in tensors}) == 1:
+        signs = signs.to(tensors[0])  # one conversion for all
     parts = signs.split_with_sizes(sizes)
     return [s.view(t.shape).to(t) for s, t in zip(parts, tensors, strict=True)]
 
@@ -43,7 +45,7 @@ def hessian_diagonals(
     >>> hessian_diagonals(slopes, [w], torch.Generator().manual_seed(0))
     [tensor([ 6., 12.])]
     """
-    totals = [torch.zeros_like(p) for p in params]
+    totals: list[Tensor] = []
     moving = [i for i, g in enumerate(gradients) if g.requires_grad]
     for k in range(samples if moving else 0):
         z = signs_like(params, generator)
@@ -53,8 +55,14 @@ def hessian_diagonals(
             [z[i] for i in moving],
             retain_graph=k + 1 < samples,
             allow_unused=True,
+            materialize_grads=True,
         )
-        for total, sign, product in zip(totals, z, products, strict=True):
-            if product is not None:
-                total.addcmul_(sign, product, value=1 / samples)
-    return totals
+        with torch.no_grad():
+            found = list(torch._foreach_mul(z, products))
+            if totals:
+                torch._foreach_add_(totals, found)
+            else:
+                totals = found
+    if samples > 1 and totals:
+        torch._foreach_mul_(totals, 1 / samples)
+    return totals or [torch.zeros_like(p) for p in params]
