@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from gradmatch.cli import _demo, _methods
+from gradmatch.core.checks import InputError
 from gradmatch.core.store import load_tensors, save_tensors
-from gradmatch.data import Distiller, SyntheticDataset
+from gradmatch.data import Distiller, SyntheticDataset, train_experts
 
 from .conftest import QUICK, images
 
@@ -83,6 +85,15 @@ def test_earlier_result_is_the_start_of_a_new_one(run, npz):
     assert run(*words, "--steps", 0, "--init", "first", "--out", "second").exit_code == 0
     first, second = (SyntheticDataset.load(name).images for name in ("first", "second"))
     torch.testing.assert_close(first, second)
+
+
+def test_no_word_counts_as_true_by_being_there():
+    """As any text does for ``bool``, and did for a flag of the published program."""
+    for word in ("False", "false"):
+        maker = _methods.distiller("ftd", per_class=1, settings=[f"experts.adaptive={word}"])
+        assert maker.experts["adaptive"] is False
+    with pytest.raises(InputError, match="adaptive is 'no'"):
+        train_experts((torch.zeros(4, 2), torch.arange(4) % 2), lambda: nn.Linear(2, 2), adaptive="no")
 
 
 def test_steps_are_those_of_all_phases():
@@ -157,6 +168,12 @@ def test_unusable_networks_are_refused(refused, npz, strange, network, says):
         (["data.npz", "--out", "o", "--set", "pool"], "it must be name=value"),
         (["data.npz", "--out", "o", "--set", "puddle=3"], "no option 'puddle'"),
         (["data.npz", "--out", "o", "--set", "pool=none"], "pool is 'none'"),
+        (
+            ["data.npz", "--out", "o", "--set", "standardise=maybe"],
+            "standardise is 'maybe'; it must be one of",
+        ),
+        (["data.npz", "--out", "o", "--method", "ftd", "--set", "experts=3"], "set one by one"),
+        (["data.npz", "--out", "o", "--method", "ftd", "--set", "experts.ro=3"], "experts has ro, no option"),
         (["data.npz", "--out", "o", "--size", "8"], "it is for folders of images"),
         (["data.npz", "--out", "o", "--init", "nowhere"], "does not exist"),
         (["absent.npz", "--out", "o"], "does not exist"),

@@ -112,6 +112,10 @@ def parse_settings(settings: Sequence[str], known: set[str]) -> dict[str, Any]:
             first in known and (not dot or first == "experts"),
             f"--set has no option {name!r} for this method; it may be one of {', '.join(sorted(known))}.",
         )
+        checks.require(
+            bool(dot) or first != "experts",
+            f"--set is {text!r}; options of the experts are set one by one, as experts.epochs=5.",
+        )
         if dot:
             found.setdefault(first, {})[rest] = _value(value)
         else:
@@ -120,8 +124,9 @@ def parse_settings(settings: Sequence[str], known: set[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    words = {"True": True, "False": False, "None": None}  # Python's, beside JSON's true, false and null
     try:
-        return json.loads(text)
+        return words[text] if text in words else json.loads(text)
     except json.JSONDecodeError:
         return text
 

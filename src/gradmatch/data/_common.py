@@ -341,7 +341,7 @@ class Distiller(ABC):
         self.per_class = checks.whole("per_class", per_class)
         self.steps = checks.whole("steps", steps, least=0)
         self.init = checks.one_of("init", init, ("real", "noise", "mean"))
-        self.standardise = bool(standardise)
+        self.standardise = bool(checks.one_of("standardise", standardise, (True, False)))
         self.seed = checks.whole("seed", seed, least=0)
         self.device = device
         self.checkpoint_seconds = 5.0

@@ -8,6 +8,7 @@ on the synthetic set S, the loss |theta_N - theta*|^2 / |theta_0 - theta*|^2 is 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,8 @@ from gradmatch.data._match_state import (
 from gradmatch.data._trajectories import TrajectoryBuffer, name_of, train_experts
 
 SOFT_LABELS = (False, "teacher", "teacher-init")
+_GIVEN = {"dataset", "net_factory", "out", "resume", "progress"}
+_EXPERT_OPTIONS = set(inspect.signature(train_experts).parameters) - _GIVEN
 
 
 class TrajectoryMatcher(Distiller):
@@ -127,8 +130,15 @@ class TrajectoryMatcher(Distiller):
             "'teacher-init' or hard labels.",
         )
         self.augment = SiameseAugment(augment) if isinstance(augment, str) else augment
-        self.allow_batchnorm, self.allow_dropout = bool(allow_batchnorm), bool(allow_dropout)
+        self.allow_batchnorm = bool(checks.one_of("allow_batchnorm", allow_batchnorm, (True, False)))
+        self.allow_dropout = bool(checks.one_of("allow_dropout", allow_dropout, (True, False)))
         self.experts = {**self.expert_defaults, **(experts or {})}
+        strange = sorted(set(self.experts) - _EXPERT_OPTIONS)
+        checks.require(
+            not strange,
+            f"experts has {checks.listing(strange)}, no option of experts; "
+            f"it may have {', '.join(sorted(_EXPERT_OPTIONS))}.",
+        )
         self._buffer: TrajectoryBuffer | None = None
         self._raw: SyntheticDataset | None = None
 

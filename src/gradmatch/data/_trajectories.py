@@ -195,6 +195,8 @@ def train_experts(
     """
     checks.one_of("optimizer", optimizer, OPTIMIZERS)
     n_experts, at_once = checks.whole("n_experts", n_experts), checks.whole("at_once", at_once)
+    checks.one_of("adaptive", adaptive, (True, False))
+    checks.one_of("standardise", standardise, (True, False))
     update = None
     if optimizer != "sgd":
         rho, alpha = checks.nonnegative("rho", rho), checks.nonnegative("alpha", alpha)

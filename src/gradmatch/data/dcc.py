@@ -147,7 +147,7 @@ class DCC(Distiller):
         self.batch_real = checks.whole("batch_real", batch_real)
         self.batch_train = checks.whole("batch_train", batch_train)
         self.augment = self._strategy(augment)
-        self.parity = bool(parity)
+        self.parity = bool(checks.one_of("parity", parity, (True, False)))
         self._siamese = SiameseAugment(self.augment, parity=self.parity) if self.augment != "none" else None
         self._prepared: tuple[Job, Learner, list[Tensor]] | None = None
 
