@@ -1,7 +1,9 @@
 """TrAct against torch-tract (PyPI) and against plain layers: one forward and backward pass, same weight gradient.
 
 The convolution is a CIFAR first layer (128 images of 3 x 32 x 32, 64 channels of 3 x 3); the linear layer a ViT patch
-embedding (64 images of 196 patches, 768 -> 384). Against plain layers the figure is the overhead: time over theirs.
+embedding (64 images of 196 patches, 768 -> 384). Against plain layers the figure is the overhead, at most 1.3x for the
+convolution. The linear layer has no such target: one triangle of x^T x, b n^2 / 2 products, comes to the 2 b n m of both
+passes, with n = 2 m half as many again, before anything else is done.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def formula(x: Tensor, incoming: Tensor) -> Tensor:
     return torch.linalg.solve(moment, rows.T @ into).T.float()
 
 
-def race_layer(name: str, plain: nn.Module, x: Tensor, peer: Callable[[], nn.Module]) -> None:
+def race_layer(
+    name: str, plain: nn.Module, x: Tensor, peer: Callable[[], nn.Module], overhead: float | None
+) -> None:
     """Against the peer's layer, then against the plain one."""
     incoming = torch.randn(plain(x).shape, generator=torch.Generator().manual_seed(1))
     ours = partial(passes, tract(plain, LAM), x, incoming)
@@ -57,7 +61,8 @@ def race_layer(name: str, plain: nn.Module, x: Tensor, peer: Callable[[], nn.Mod
     except ImportError as error:
         missing("torch-tract", str(error))
     bare = partial(passes, plain, x, incoming)
-    race(f"{name}, overhead of at most 1.3x", ours, bare, peer="plain layer", rounds=9, target=1 / 1.3)
+    target = None if overhead is None else 1 / overhead
+    race(f"{name}, overhead", ours, bare, peer="plain layer", rounds=9, target=target)
 
 
 def their_conv() -> nn.Module:
@@ -79,8 +84,10 @@ def run() -> None:
         nn.Conv2d(3, 64, 3, padding=1),
         torch.randn(128, 3, 32, 32, generator=g),
         their_conv,
+        1.3,
     )
-    race_layer("linear 768 -> 384", nn.Linear(768, 384), torch.randn(64, 196, 768, generator=g), their_linear)
+    x = torch.randn(64, 196, 768, generator=g)
+    race_layer("linear 768 -> 384", nn.Linear(768, 384), x, their_linear, None)
 
 
 if __name__ == "__main__":
