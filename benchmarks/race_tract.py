@@ -2,8 +2,8 @@
 
 The convolution is a CIFAR first layer (128 images of 3 x 32 x 32, 64 channels of 3 x 3); the linear layer a ViT patch
 embedding (64 images of 196 patches, 768 -> 384). Against plain layers the figure is the overhead, at most 1.3x for the
-convolution. The linear layer has no such target: one triangle of x^T x, b n^2 / 2 products, comes to the 2 b n m of both
-passes, with n = 2 m half as many again, before anything else is done.
+convolution. The linear layer has no such target: one triangle of x^T x, b n^2 / 2 products, comes to the 2 b n m of
+both passes, with n = 2 m half as many again, before anything else is done.
 """
 
 from __future__ import annotations
