@@ -88,7 +88,7 @@ def _because(reason: str) -> str:
     count = _COUNT.search(reason)
     rest = reason if count is None else f"{reason[: count.start()]}{reason[count.end() :]}"
     rest = rest.strip(" ;:,.")
-    clauses, shown = re.split(r"(?<=[;.])\s+", rest[:1].upper() + rest[1:]), ""
+    clauses, shown = re.split(r"(?<=[;.])\s+", rest), ""
     for clause in clauses:
         if shown and len(shown) + len(clause) >= _LONG:
             break
