@@ -257,7 +257,7 @@ def _of_matrix(X: Any) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
 def _array(X: Any) -> np.ndarray:
     """A NumPy array that torch may share, NaN where a masked one is masked."""
     if isinstance(X, np.ma.MaskedArray):
-        floats = X if np.issubdtype(X.dtype, np.inexact) else X.astype(np.float64)
+        floats: Any = X if np.issubdtype(X.dtype, np.inexact) else X.astype(np.float64)
         return np.asarray(floats.filled(np.nan))
     array = np.asarray(X)
     return array if array.flags.writeable else array.copy()
