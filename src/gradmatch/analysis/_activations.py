@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from gradmatch.core import checks
 from gradmatch.core._batches import OrderedData
+from gradmatch.core.networks import first_floats
 from gradmatch.core.tap import capture
 
 DEAD = 1e-6
@@ -293,7 +294,7 @@ def _outputs(
 
 def _placer(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Brings inputs to where a model is, and arrays of float64 to its type."""
-    own = next((p for p in model.parameters() if p.is_floating_point()), None)
+    own = first_floats(model)
 
     def place(t: Tensor) -> Tensor:
         if own is None:

@@ -94,6 +94,12 @@ def first_floats(module: object) -> Tensor | None:
     return next((p for p in parameters if p.is_floating_point()), None)
 
 
+def fitted(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` on the device and in the precision of the module's parameters; as it is where there are none."""
+    like = first_floats(module)
+    return x if like is None else x.to(device=like.device, dtype=like.dtype)
+
+
 def draws_random_numbers(module: nn.Module, x: Tensor) -> bool:
     """Whether a forward pass in the module's present mode draws from the global CPU generator (left as found)."""
     before = torch.random.get_rng_state()

@@ -247,9 +247,8 @@ class Problem:
     def _placed(self, t: Tensor) -> Tensor:
         dtype = self._cast if t.is_floating_point() else None
         if dtype is None and t.dtype == torch.float64 and self.space.dtype != torch.float64:
-            dtype = (
-                self.space.dtype
-            )  # arrays are float64 where nobody chose it; no layer multiplies two types
+            # arrays are float64 where nobody chose it, and no layer multiplies two types
+            dtype = self.space.dtype
         return t.to(self.space.device, dtype)
 
     def astype(self, dtype: torch.dtype) -> Problem:

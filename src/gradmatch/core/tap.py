@@ -118,12 +118,6 @@ def inject(
         yield
 
 
-def fitted(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` on the device and in the precision of the module's parameters; as it is where there are none."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), x)
-    return x.to(device=like.device, dtype=like.dtype)
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     """Within the block every part of ``module`` is in eval mode; each part's own mode comes back after it."""

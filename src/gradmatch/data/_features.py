@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from gradmatch.core import checks
 from gradmatch.core.kernel import KernelName, Kind
-from gradmatch.core.tap import capture, evaluating, fitted, last_of
+from gradmatch.core.networks import fitted
+from gradmatch.core.tap import capture, evaluating, last_of
 
 PCA_WIDTH = 50
 GRAM_BYTES = 2**29

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmatch.core import checks
-from gradmatch.core.tap import capture, evaluating, fitted, last_of
+from gradmatch.core.networks import fitted
+from gradmatch.core.tap import capture, evaluating, last_of
 
 Inpainter = Callable[[Tensor, Tensor], Tensor]
 """(images with zeros in the holes (n, c, h, w), visible pixels (n, 1, h, w) bool) -> whole images."""

@@ -269,8 +269,8 @@ class FDistill:
             if last or (run is not None and self.iteration % save_every == 0):
                 for name, state in self.states.items():
                     require_finite_weights(f"{name} has weights", state.now.values(), self.iteration)
-            if run is not None and (last or self.iteration % save_every == 0):
-                run.save(self.iteration, self.tensors())
+                if run is not None:
+                    run.save(self.iteration, self.tensors())
         return figures
 
     def tensors(self) -> dict[str, Tensor]:

@@ -79,9 +79,8 @@ class GumbelSimplexFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self._first = (
-            first_floats(denoiser),
-        )  # a tuple: it is the denoiser's parameter, and tells its precision
+        # tells the precision; in a tuple, since it is the denoiser's parameter and not one more of this module
+        self._first = (first_floats(denoiser),)
         self.k = checks.whole("num_classes", num_classes, least=2)
         checks.one_of("path", path, ("published", "consistent"))
         self.path = GumbelPath(tau_max, decay, beta, signal if path == "consistent" else None)

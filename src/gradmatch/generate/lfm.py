@@ -90,9 +90,8 @@ class LatentFlow(nn.Module):
             f"velocity is a {type(velocity).__name__}; it must be a network (z, t) -> dz/dt.",
         )
         self.velocity = velocity
-        self._first = (
-            first_floats(velocity),
-        )  # a tuple: it is the velocity's parameter, and tells its precision
+        # tells the precision; in a tuple, since it is the velocity's parameter and not one more of this module
+        self._first = (first_floats(velocity),)
         self.codec = Codec(autoencoder, scale, shift, mean)
         self.path = path or LinearPath(eps=1e-5)
         self.condition = condition or Condition()
