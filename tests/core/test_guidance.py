@@ -124,6 +124,10 @@ def along(x0: Tensor, reference: Any) -> Tensor:
     return (x0 * WAY).sum()
 
 
+def apart(x0: Tensor, reference: Tensor) -> Tensor:
+    return (x0 - reference).square().sum()
+
+
 def noise_model(x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
     return torch.tanh(x) + t[:, None] / 1000
 
@@ -231,6 +235,18 @@ def test_the_networks_parameters_get_no_gradient() -> None:
     assert all(p.grad is None for p in layer.parameters())
 
 
+def test_a_reference_for_each_example_goes_after_classifier_free_guidance() -> None:
+    free = ClassifierFreeGuidance(2.0, torch.tensor(NULL))
+    guide = GradientGuide([apart], reference=randn(5, 3))
+
+    def run(*hooks: Any) -> Tensor:
+        return SOLVER.run(Counted(labelled), LinearPath(), randn(5, 3), cond=LABELS, hooks=hooks).x
+
+    assert not torch.equal(run(free, guide), run(free))
+    with pytest.raises(InputError, match="has 5 entries for 10 examples; .*put it first"):
+        run(guide, free)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -246,6 +262,7 @@ def test_the_networks_parameters_get_no_gradient() -> None:
         (lambda: said(GradientGuide([lambda x0, ref: x0.sum(1)])), "it must give a scalar"),
         (lambda: said(GradientGuide([lambda x0, ref: (x0 * math.nan).sum()])), "gradient has 15 NaN"),
         (lambda: said(GradientGuide([lambda x0, ref: torch.tensor(1.0)])), "have no gradient in x0"),
+        (lambda: said(GradientGuide([apart], reference=randn(4, 3))), "has 4 entries for 5 examples"),
         (
             lambda: straight_through_gradient(Q, lambda s: s.sum((1, 2)) * math.nan, 2, seeded()),
             "the guide's gradient has",

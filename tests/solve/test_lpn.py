@@ -562,6 +562,7 @@ REFUSED = {
     "sides": (lambda: ConvexNet.conv((1, 10, 8)), "need multiples of 4"),
     "alpha": (lambda: LearnedProx(Quadratic(1), -0.1), "alpha is -0.1"),
     "size": (lambda: conv()(rand(1, 1, 9, 9)), "use Patches for other sizes"),
+    "precision": (lambda: dense()(rand(1, 3).float()), "y is torch.float32 and the network torch.float64"),
     "small": (lambda: Patches(conv(), 8)(rand(1, 1, 7, 9)), "must fit in"),
     "gaps": (lambda: Patches(conv(), 8, 9), "stride is 9"),
     "inversion": (lambda: dense().prior(rand(1, 3), method="newton"), "method is 'newton'"),

@@ -164,6 +164,11 @@ class GradientGuide(_OfEachExample):
             reference = reference(x0.detach())
         elif isinstance(reference, Tensor):
             reference = self._now(reference)
+            checks.require(
+                reference.ndim == 0 or len(reference) in (1, len(x0)),
+                f"reference has {len(reference) if reference.ndim else 1} entries for {len(x0)} examples; it must "
+                "have one for each (classifier-free guidance doubles them for the hooks before it: put it first).",
+            )
         seen = x0 if self.decode is None else self.decode(x0)
         total = x0.new_zeros(())
         for loss, weight in zip(self.losses, self.weights, strict=True):

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from gradmatch.core import checks
 from gradmatch.core.minimise import Functions, minimise_each
+from gradmatch.core.networks import first_floats
 from gradmatch.solve._convex_net import ConvexNet
 
 __all__ = ["ConvexNet", "LearnedProx", "Patches", "Prior"]
@@ -81,7 +82,8 @@ class LearnedProx(nn.Module):
         """f(y), with a graph where gradients are enabled.
 
         Raises:
-            InputError: a shape other than that of training, or in eval mode constrained weights below 0.
+            InputError: a shape other than that of training, another precision than the network's, or in eval mode
+                constrained weights below 0.
         """
         return self._both(y)[1]
 
@@ -112,6 +114,11 @@ class LearnedProx(nn.Module):
         checks.require(
             shape is None or tuple(y.shape[1:]) == tuple(shape),
             f"y has shape {tuple(y.shape[1:])} and the network was made for {shape}; use Patches for other sizes.",
+        )
+        like = first_floats(self.icnn)
+        checks.require(
+            like is None or y.dtype == like.dtype or torch.is_autocast_enabled(y.device.type),
+            f"y is {y.dtype} and the network {like.dtype if like is not None else None}; convert one of them.",
         )
         constrained: Any = getattr(self.icnn, "constrained", None)
         if self.training or constrained is None:
