@@ -243,7 +243,7 @@ def test_a_reference_for_each_example_goes_after_classifier_free_guidance() -> N
         return SOLVER.run(Counted(labelled), LinearPath(), randn(5, 3), cond=LABELS, hooks=hooks).x
 
     assert not torch.equal(run(free, guide), run(free))
-    with pytest.raises(InputError, match="has 5 entries for 10 examples; .*put it first"):
+    with pytest.raises(InputError, match=r"has 5 entries for 10 examples; .*put it first"):
         run(guide, free)
 
 

@@ -73,8 +73,8 @@ class Budget(NamedTuple):
     methods: dict[str, tuple[str, float]]
 
 
-SMALL = Budget(5, 2, 200, 3, 1, 20, 16, 32, (1,), METHODS)
-FULL = Budget(20, 5, 300, 5, 2, 40, 32, 64, (1, 10), METHODS | AUGMENTED)
+SMALL = Budget(5, 4, 200, 5, 4, 20, 16, 32, (1,), METHODS)
+FULL = Budget(20, 8, 300, 5, 8, 40, 32, 64, (1, 10), METHODS | AUGMENTED)
 
 
 # --- choosing image rates ------------------------------------------------------------------------------------

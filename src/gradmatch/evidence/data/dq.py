@@ -250,7 +250,7 @@ def _patched(
 
 def run(settings: Settings) -> Result:
     """Select, train every cell, judge by ``RULE``."""
-    seeds, ratios = settings.seed_list(3), (*RATIOS, 0.3) if settings.full else RATIOS
+    seeds, ratios = settings.seed_list(5), (*RATIOS, 0.3) if settings.full else RATIOS
     settled = _settings(settings, ratios)
     ready = parallel(_prepare, [(settings, s, ratios) for s in seeds], settings, label="selecting")
     cells = [(data, ratio, model) for data in DATA for ratio in ratios for model in MODELS]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from gradmatch.core.tap import evaluating
 from gradmatch.evidence._common import Gain, Result, Row, Settings, gain, parallel, tally, verdict_of
 from gradmatch.evidence.generate import _repa_arms as arms
 from gradmatch.evidence.generate._repa_picture import picture
@@ -27,8 +28,10 @@ RULE = (
 LINKS = {"paper": "https://arxiv.org/abs/2503.18414"}
 RATES = (1e-3, 2e-3)
 TUNING_SEED = 100
-SMALL = {"images": 12_000, "encoder": 300, "steps": 250, "samples": 500}
+SMALL = {"images": 12_000, "encoder": 300, "steps": 1500, "samples": 1000}
 FULL = {"images": 58_000, "encoder": 900, "steps": 5000, "samples": 2000}
+LOOKS = (0.25, 0.5, 0.75)
+"""Shares of the training after which samples are judged as well; shown, not judged by the rule."""
 METRICS = {
     "frechet": "Frechet distance",
     "probe": "probe of the middle",
@@ -52,6 +55,12 @@ def run(settings: Settings) -> Result:
         for metric, words in METRICS.items()
         for arm in arms.ARMS
     ]
+    marks = looks(sizes["steps"])
+    rows += [
+        Row(f"Frechet distance at {mark} steps, {arm}", tuple(by[arm, s]["on the way"][mark] for s in seeds))
+        for mark in marks
+        for arm in arms.ARMS
+    ]
     rows.append(
         Row("encoder's accuracy on held-out images", tuple(by["U-REPA", s]["encoder"] for s in seeds))
     )
@@ -73,11 +82,28 @@ def _tuned(lr: float, sizes: dict[str, int]) -> float:
     return arms.frechet(arms.generated(net, sizes["samples"], TUNING_SEED), "held out")
 
 
+def looks(steps: int) -> list[int]:
+    """The steps after which samples are judged on the way, fewest first.
+
+    >>> looks(1500)
+    [375, 750, 1125]
+    """
+    return sorted({max(1, round(share * steps)) for share in LOOKS} - {steps})
+
+
 def _one(arm: str, seed: int, lr: float, sizes: dict[str, int]) -> dict[str, Any]:
     teacher, features, accuracy = _encoder(sizes["images"], sizes["encoder"])
-    net = arms.fit(teacher, features, arm, lr, sizes["steps"], seed)
+    marks, found = looks(sizes["steps"]), {}
+
+    def look(step: int, net: Any) -> None:
+        if step in marks:
+            with evaluating(net):
+                found[step] = arms.frechet(arms.generated(net, sizes["samples"], seed), "test")
+
+    net = arms.fit(teacher, features, arm, lr, sizes["steps"], seed, look)
     samples = arms.generated(net, sizes["samples"], seed)
     return {
+        "on the way": found,
         "frechet": arms.frechet(samples, "test"),
         "probe": arms.probe(net, seed),
         "mismatch": arms.relations(net, teacher, seed),
