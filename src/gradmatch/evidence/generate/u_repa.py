@@ -28,7 +28,7 @@ RULE = (
 LINKS = {"paper": "https://arxiv.org/abs/2503.18414"}
 RATES = (1e-3, 2e-3)
 TUNING_SEED = 100
-SMALL = {"images": 12_000, "encoder": 300, "steps": 1500, "samples": 1000}
+SMALL = {"images": 12_000, "encoder": 300, "steps": 250, "samples": 500}
 FULL = {"images": 58_000, "encoder": 900, "steps": 5000, "samples": 2000}
 LOOKS = (0.25, 0.5, 0.75)
 """Shares of the training after which samples are judged as well; shown, not judged by the rule."""
