@@ -126,7 +126,7 @@ def load_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
         raise checks.InputError(f"{path} does not exist.")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = (file.metadata() or {}).get("gradmatch", "{}")
     except (SafetensorError, OSError) as error:
         raise checks.InputError(f"{path} is not a readable safetensors file: {error}.") from error
@@ -183,7 +183,7 @@ class RunFolder:
         if not (self.path / _STATE).exists():
             return None
         tensors, header = load_tensors(self.path / _STATE)
-        return int(header["step"]), tensors, dict(header["info"])
+        return int(header["step"]), {k: _aligned(t) for k, t in tensors.items()}, dict(header["info"])
 
     def finish(self, write: Callable[[Path], object]) -> None:
         """Let ``write`` put the results into the folder, then drop the state that led to them."""
