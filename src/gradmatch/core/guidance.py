@@ -164,9 +164,10 @@ class GradientGuide(_OfEachExample):
             reference = reference(x0.detach())
         elif isinstance(reference, Tensor):
             reference = self._now(reference)
+            entries = len(reference) if reference.ndim else 1
             checks.require(
-                reference.ndim == 0 or len(reference) in (1, len(x0)),
-                f"reference has {len(reference) if reference.ndim else 1} entries for {len(x0)} examples; it must "
+                entries in (1, len(x0)),
+                f"reference has {entries} entries for {len(x0)} examples; it must "
                 "have one for each (classifier-free guidance doubles them for the hooks before it: put it first).",
             )
         seen = x0 if self.decode is None else self.decode(x0)

@@ -116,10 +116,8 @@ class LearnedProx(nn.Module):
             f"y has shape {tuple(y.shape[1:])} and the network was made for {shape}; use Patches for other sizes.",
         )
         like = first_floats(self.icnn)
-        checks.require(
-            like is None or y.dtype == like.dtype or torch.is_autocast_enabled(y.device.type),
-            f"y is {y.dtype} and the network {like.dtype if like is not None else None}; convert one of them.",
-        )
+        if like is not None and y.dtype != like.dtype and not torch.is_autocast_enabled(y.device.type):
+            checks.refuse(f"y is {y.dtype} and the network {like.dtype}; convert one of them.")
         constrained: Any = getattr(self.icnn, "constrained", None)
         if self.training or constrained is None:
             return

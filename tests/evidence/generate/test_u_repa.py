@@ -51,5 +51,9 @@ def test_every_part_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(u_repa, "RATES", (1e-3,))
     monkeypatch.setattr(arms, "ARMS", {k: v for k, v in arms.ARMS.items() if "before" not in k})
     result = u_repa.run(Settings(seeds=1, quiet=True, workers=1))
-    assert "probe of the middle, relations alone, middle" in {r.method for r in result.rows}
+    names = {r.method for r in result.rows}
+    assert "probe of the middle, relations alone, middle" in names
+    assert {n for n in names if n.startswith("Frechet distance at ")} == {
+        f"Frechet distance at 1 steps, {arm}" for arm in arms.ARMS
+    }
     assert result.pictures[0][1][:4] == b"\x89PNG"

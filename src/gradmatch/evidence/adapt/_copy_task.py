@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmatch.adapt import Guidance
-from gradmatch.core.networks import build, seeded
+from gradmatch.core.networks import build
 
 SYMBOLS, SHORTEST, LONGEST = 10, 5, 10
 AGAIN, NOTHING = SYMBOLS, SYMBOLS + 1
@@ -82,19 +82,18 @@ def trained(arm: dict[str, Any], lr: float, seed: int, epochs: int, count: int) 
         guidance = Guidance(net, other, layer_map=PAIRS, distance=arm.get("distance", "cka"))
         guidance.remember(x)
     optimizer, g = torch.optim.AdamW(net.parameters(), lr), torch.Generator().manual_seed(seed)
-    with seeded(seed):
-        for _ in range(epochs):
-            for index in torch.split(torch.randperm(len(x), generator=g), BATCH):
-                optimizer.zero_grad()
-                at = index[torch.randperm(len(index), generator=g)] if arm.get("shuffle") else index
-                if guidance is None:
-                    loss = _loss(net(x[index]), y[index])
-                else:
-                    with guidance.capture():
-                        loss = _loss(net(x[index]), y[index]) + guidance.loss(x[index], at)
-                torch.autograd.backward(loss)
-                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                optimizer.step()
+    for _ in range(epochs):
+        for index in torch.split(torch.randperm(len(x), generator=g), BATCH):
+            optimizer.zero_grad()
+            at = index[torch.randperm(len(index), generator=g)] if arm.get("shuffle") else index
+            if guidance is None:
+                loss = _loss(net(x[index]), y[index])
+            else:
+                with guidance.capture():
+                    loss = _loss(net(x[index]), y[index]) + guidance.loss(x[index], at)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
     return net
 
 
